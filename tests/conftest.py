@@ -1,0 +1,24 @@
+"""Shape annotations are checked in every test: jaxtyping with beartype over the whole package."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("dictlearn", "beartype.beartype")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache; one cache for the whole test session."""
+    monkeypatch.setenv("DICTLEARN_CACHE", str(tmp_path_factory.getbasetemp() / "dictlearn_cache"))
