@@ -7,11 +7,15 @@ A dictionary of several sites has one more axis before the width: `[*, n_reads, 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dictlearn.dictionaries.base import Dictionary
 
 Scalar: TypeAlias = Float[Tensor, ""]
 Acts: TypeAlias = Float[Tensor, "*batch d"]  # activations; several sites: [*, n_sites, d]
@@ -80,3 +84,25 @@ class Output(NamedTuple):
     recon: Tensor
     latents: Tensor
     pre_acts: Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of one dictionary, in normalised units, with the site axes flattened.
+
+    `x` [batch, n_reads * d_in], `target` and `recon` [batch, n_writes * d_out]; `variance` [n_writes] is the
+    mean over tokens of ||target - mean||^2 per write site, a constant of the run, so that losses and coefficients
+    mean the same at every batch size and activation scale. `dead` lists the latents counted as dead, or is None
+    when there are none.
+    """
+
+    dictionary: Dictionary
+    x: Float[Tensor, "batch reads"]
+    target: Float[Tensor, "batch writes"]
+    recon: Float[Tensor, "batch writes"]
+    latents: Latents
+    variance: Float[Tensor, " n_writes"]
+    dead: Int[Tensor, " n_dead"] | None = None
+
+    def per_site(self, flat: Float[Tensor, "batch writes"]) -> Float[Tensor, "batch n_writes d_out"]:
+        return flat.unflatten(-1, (len(self.variance), -1))

@@ -1,0 +1,46 @@
+"""The linear dictionary: a sparse autoencoder or a transcoder, with an optional skip path."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dictlearn.dictionaries.base import Dictionary
+from dictlearn.kernels import decode
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import SparseLatents, Step
+
+
+class Linear(Dictionary):
+    """One linear encoder and one linear decoder around a sparsifier (Bricken et al. 2023; Dunefsky et al. 2024)."""
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        return self.normalise(x) @ self.flat_W_enc + self.b_enc
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.sparsifier(self.pre_activations(x))
+
+    def encode_sparse(self, x: Tensor) -> SparseLatents:
+        flat = self.normalise(x)
+        return self.sparsifier.encode_sparse(flat.reshape(-1, flat.shape[-1]), self.flat_W_enc, self.b_enc)
+
+    def step(
+        self,
+        x: Tensor,
+        target: Tensor,
+        variance: Float[Tensor, " n_writes"],
+        dead: Int[Tensor, " n_dead"] | None = None,
+    ) -> Step:
+        flat_x, flat_target = self.normalise(x), self.normalise_target(target)
+        latents = self.sparsifier.encode_step(flat_x, self.flat_W_enc, self.b_enc)
+        recon = decode(latents, self.flat_W_dec) + self.b_dec.flatten()  # [batch, n_writes * d_out]
+        if self.W_skip is not None:
+            recon = recon + self._skip(flat_x)
+        return Step(self, flat_x, flat_target, recon, latents, variance, dead)
+
+    @classmethod
+    def tiny(cls) -> Linear:
+        tiny = cls(d_in=6, d_out=6, n_latents=16, sparsifier=TopK(k=4))
+        tiny.initialise_(torch.Generator().manual_seed(0), torch.zeros(1, 6), torch.zeros(1, 6))
+        return tiny

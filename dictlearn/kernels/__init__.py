@@ -1,0 +1,10 @@
+"""Sparse maths on compact latents, in plain torch: the encoder product is the only dense one.
+
+Per token a dense step costs 6 x 2 d n_latents FLOP and this one 2 d n_latents + 8 d k. No operation makes a second
+`[batch, n_latents]` tensor.
+"""
+
+from dictlearn.kernels.decode import decode
+from dictlearn.kernels.encode import encode_top_k
+
+__all__ = ["decode", "encode_top_k"]

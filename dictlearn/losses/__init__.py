@@ -1,0 +1,1 @@
+"""Loss terms, one file each: a Step to a scalar."""

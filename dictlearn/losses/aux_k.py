@@ -1,0 +1,46 @@
+"""AuxK: dead latents learn to explain what the living ones leave over (Gao et al. 2024, arXiv 2406.04093)."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dictlearn.kernels import decode, encode_top_k
+from dictlearn.types import DictlearnError, Scalar, Step
+
+
+class AuxK:
+    """`coefficient` times the FVU of the residual under the `k` largest dead latents.
+
+    The residual is detached and has no bias in it, so the decoded dead latents get none either; their ReLU'd
+    pre-activations are computed with gradient, so the encoder learns. With fewer than `k` dead latents the term is
+    scaled down in proportion. Cost: one product with the dead columns only, nothing when there are none.
+
+    Args:
+        coefficient: weight of the term; the paper uses 1/32.
+        k: number of dead latents per token; None: half the read width.
+    """
+
+    def __init__(self, coefficient: float = 1 / 32, k: int | None = None) -> None:
+        if coefficient < 0 or (k is not None and k < 1):
+            raise DictlearnError(f"AuxK needs coefficient >= 0 and k >= 1, got {coefficient} and {k}.")
+        self.coefficient, self.k = coefficient, k
+
+    def __call__(self, step: Step) -> Scalar | None:
+        """None while no latent is dead."""
+        if step.dead is None:
+            return None
+        dictionary = step.dictionary
+        n_dead = len(step.dead)
+        wanted = self.k or max(1, step.x.shape[-1] // 2)
+        W_enc = dictionary.flat_W_enc.T[step.dead].T  # [d_in, n_dead], latent-major
+        latents = encode_top_k(step.x, W_enc, dictionary.b_enc[step.dead], min(wanted, n_dead))
+        recon = decode(latents, dictionary.flat_W_dec[step.dead])
+        residual = (step.target - step.recon).detach()
+        return self.coefficient * min(n_dead / wanted, 1.0) * _fvu(residual, recon)
+
+
+def _fvu(target: Float[Tensor, "batch width"], recon: Float[Tensor, "batch width"]) -> Scalar:
+    """SSE over the batch's sum of squares about its mean; an exact target has nothing to explain."""
+    baseline = (target - target.mean(0)).square().sum()
+    return (target - recon).square().sum() / baseline.clamp_min(1e-12)
