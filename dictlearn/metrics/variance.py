@@ -12,11 +12,12 @@ from torchmetrics import Metric
 Targets = Float[Tensor, "n_tokens n_sites d_out"]
 
 
-def merge_moments(parts: Float[Tensor, "n_parts n_sites d_out+2"]) -> Float[Tensor, "n_sites d_out+2"]:
+def merge_moments(parts: Float[Tensor, "n_parts n_sites packed"]) -> Float[Tensor, "n_sites packed"]:
     """The moments of a union of token sets (Chan, Golub and LeVeque 1979, for any number of sets).
 
-    A row is `[n, m2, mean...]`: the number of tokens, their sum of squares about their mean, their mean.
-    Unlike a difference of raw sums this stays right when the mean is far larger than the spread.
+    A row is `[n, m2, mean...]`, packed so that one reduction merges ranks: the number of tokens, their sum of
+    squares about their mean, their mean. Unlike a difference of raw sums this stays right when the mean is far
+    larger than the spread.
     """
     n, m2, mean = parts[..., 0], parts[..., 1], parts[..., 2:]
     total = n.sum(0)

@@ -1,0 +1,71 @@
+"""Cross-entropy and KL in closed form."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dictlearn.metrics.behaviour import CrossEntropy, KLDivergence
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> float:
+    metric = CrossEntropy()
+    metric.update(logits, tokens)
+    return metric.compute().item()
+
+
+def kl(clean: Tensor, patched: Tensor) -> float:
+    metric = KLDivergence()
+    metric.update(clean, patched)
+    return metric.compute().item()
+
+
+def two_tokens(p: float) -> Tensor:
+    return torch.tensor([[math.log(p) + 3, math.log(1 - p) + 3]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.5, 0.1), (0.9, 0.2), (1e-6, 0.5), (0.3, 0.3)])
+def test_two_tokens(p: float, q: float) -> None:
+    expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert kl(two_tokens(p), two_tokens(q)) == pytest.approx(expected, abs=1e-12)
+    assert cross_entropy(two_tokens(p), torch.tensor([0])) == pytest.approx(-math.log(p), abs=1e-12)
+
+
+def test_a_uniform_prediction_costs_log_vocab() -> None:
+    assert cross_entropy(torch.full((5, 661), 7.0), torch.arange(5)) == pytest.approx(math.log(661), abs=1e-12)
+
+
+def test_kl_ignores_a_constant_and_is_not_negative() -> None:
+    logits = torch.randn(50, 300)
+    assert abs(kl(logits.double(), logits.double() + 12.5)) < 1e-12
+    assert kl(logits, logits) == 0
+    for scale in (1e-6, 1e-3, 1.0):
+        assert kl(logits, logits + scale * torch.randn_like(logits)) > 0
+
+
+def test_kl_direction() -> None:
+    """KL(clean || patched): all of the clean mass on a token that the patched model finds unlikely is expensive."""
+    assert kl(two_tokens(0.999), two_tokens(0.001)) == pytest.approx(0.998 * math.log(999), rel=1e-6)
+    assert kl(two_tokens(0.5), two_tokens(1e-9)) > 2 * kl(two_tokens(1e-9), two_tokens(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_extreme_logits_are_finite(dtype: torch.dtype) -> None:
+    clean = torch.tensor([[1e4, -1e4, 0.0]], dtype=dtype)
+    patched = torch.tensor([[-1e4, 1e4, 0.0]], dtype=dtype)
+    assert kl(clean, patched) == pytest.approx(2e4, rel=0.01)
+    assert kl(clean, clean) == 0
+    assert cross_entropy(clean, torch.tensor([1])) == pytest.approx(2e4, rel=0.01)
+
+
+def test_the_mean_is_over_predictions_not_over_batches() -> None:
+    logits, tokens = torch.randn(100, 20), torch.randint(20, (100,))
+    metric, divergence = CrossEntropy(), KLDivergence()
+    other = logits + torch.randn_like(logits)
+    for part in torch.arange(100).split([1, 0, 70, 29]):
+        metric.update(logits[part], tokens[part])
+        divergence.update(logits[part], other[part])
+    assert metric.compute().item() == pytest.approx(cross_entropy(logits, tokens), rel=1e-12)
+    assert divergence.compute().item() == pytest.approx(kl(logits, other), rel=1e-12)
+    assert metric.n_predictions == 100
