@@ -57,7 +57,7 @@ def _neox(parallel: bool) -> ConfigMaker:
     return make
 
 
-def _llama_like(config: type[PretrainedConfig], n_kv_heads: int = 1, **extra: int) -> ConfigMaker:
+def _llama_like(config: Callable[..., PretrainedConfig], **extra: int) -> ConfigMaker:
     def make(vocab: int, n_layers: int, d_model: int) -> PretrainedConfig:
         return config(
             vocab_size=vocab,
@@ -65,7 +65,7 @@ def _llama_like(config: type[PretrainedConfig], n_kv_heads: int = 1, **extra: in
             hidden_size=d_model,
             intermediate_size=3 * d_model,
             num_attention_heads=N_HEADS,
-            num_key_value_heads=n_kv_heads,
+            num_key_value_heads=1,
             max_position_embeddings=N_POSITIONS,
             bos_token_id=0,
             eos_token_id=0,
@@ -116,9 +116,7 @@ def tiny_lm_folder(
     folder = Path(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(
-            CONFIGS[family](vocab, n_layers, d_model), dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_config(CONFIGS[family](vocab, n_layers, d_model), dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))

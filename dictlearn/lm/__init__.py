@@ -1,0 +1,19 @@
+"""Language models: load them, name places in them, read and replace activations there."""
+
+from dictlearn.lm.load import LM, lm_config, load_lm, skeleton
+from dictlearn.lm.sites import file_name, resolve, resolve_pair
+from dictlearn.lm.taps import activations, capture, edit, widths
+
+__all__ = [
+    "LM",
+    "activations",
+    "capture",
+    "edit",
+    "file_name",
+    "lm_config",
+    "load_lm",
+    "resolve",
+    "resolve_pair",
+    "skeleton",
+    "widths",
+]

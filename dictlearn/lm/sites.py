@@ -1,0 +1,169 @@
+"""Site names: a readable name of a known family, or the path of any module.
+
+A path means the module's output, a path with ":in" its input. Every readable name is such a path, in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Literal, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dictlearn.types import DictlearnError, Site
+
+
+class Family(NamedTuple):
+    """Where the readable sites of one architecture are.
+
+    `paths`: kind -> module path below the base model, `{}` for the layer. attn_out and mlp_out are the
+    contributions to the residual stream. `parallel`: the config entry that, when true, makes attention and MLP
+    both read resid_pre, so that resid_mid does not exist; None for architectures that are never parallel.
+    """
+
+    paths: dict[str, str]
+    parallel: str | None = None
+
+
+GPT2 = Family(
+    {
+        "embed": "wte",
+        "resid_pre": "h.{}:in",
+        "resid_mid": "h.{}.ln_2:in",
+        "resid_post": "h.{}",
+        "attn_in": "h.{}.attn:in",
+        "attn_z": "h.{}.attn.c_proj:in",
+        "attn_out": "h.{}.attn",
+        "mlp_in": "h.{}.mlp:in",
+        "mlp_hidden": "h.{}.mlp.c_proj:in",
+        "mlp_out": "h.{}.mlp",
+    }
+)
+GPT_NEOX = Family(
+    {
+        "embed": "embed_in",
+        "resid_pre": "layers.{}:in",
+        "resid_mid": "layers.{}.post_attention_layernorm:in",
+        "resid_post": "layers.{}",
+        "attn_in": "layers.{}.attention:in",
+        "attn_z": "layers.{}.attention.dense:in",
+        "attn_out": "layers.{}.attention",
+        "mlp_in": "layers.{}.mlp:in",
+        "mlp_hidden": "layers.{}.mlp.dense_4h_to_h:in",
+        "mlp_out": "layers.{}.mlp",
+    },
+    parallel="use_parallel_residual",
+)
+LLAMA = Family(
+    {
+        "embed": "embed_tokens",
+        "resid_pre": "layers.{}:in",
+        "resid_mid": "layers.{}.post_attention_layernorm:in",
+        "resid_post": "layers.{}",
+        "attn_in": "layers.{}.self_attn:in",
+        "attn_z": "layers.{}.self_attn.o_proj:in",
+        "attn_out": "layers.{}.self_attn",
+        "mlp_in": "layers.{}.mlp:in",
+        "mlp_hidden": "layers.{}.mlp.down_proj:in",
+        "mlp_out": "layers.{}.mlp",
+    }
+)
+FAMILIES: dict[str, Family] = {  # by the config's model_type
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+}
+KINDS = tuple(GPT2.paths)
+
+
+def resolve(model: PreTrainedModel, name: str) -> Site:
+    """The site called `name`: readable ("resid_post.2", "embed") or a module path of `model`, output or ":in".
+
+    Only names are looked up, so a model on the meta device will do. Raises DictlearnError, with what the model
+    has, for an unknown name, a layer it does not have, a readable name of a family that is not known by readable
+    names, or resid_mid where attention and MLP run in parallel.
+    """
+    path, io = _split(name)
+    if path in _module_paths(model):
+        return Site(name, path, io)
+    kind, _, layer = name.partition(".")
+    if kind not in KINDS:
+        raise _unknown(model, name)
+    path, io = _split(_path_of(model, name, kind, layer))
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return Site(name, prefix + path, io)
+
+
+def resolve_pair(model: PreTrainedModel, name: str) -> tuple[Site, Site]:
+    """The sites a dictionary called `name` reads and writes: "mlp.2" is (mlp_in.2, mlp_out.2), else one site."""
+    kind, _, layer = name.partition(".")
+    if kind == "mlp":
+        return resolve(model, f"mlp_in.{layer}"), resolve(model, f"mlp_out.{layer}")
+    site = resolve(model, name)
+    return site, site
+
+
+def file_name(site_name: str) -> str:
+    """`site_name` in the letters A-Z a-z 0-9 _ . - ("a.b:in" -> "a.b-in")."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", site_name)
+
+
+def _split(path: str) -> tuple[str, Literal["in", "out"]]:
+    return (path.removesuffix(":in"), "in") if path.endswith(":in") else (path, "out")
+
+
+def _path_of(model: PreTrainedModel, name: str, kind: str, layer: str) -> str:
+    """The module path, below the base model, of a readable name."""
+    config = model.config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        examples = [path for path in _module_paths(model) if re.search(r"\.0(\.|$)", path)][:4]
+        raise DictlearnError(
+            f"Site {name!r}: readable names are known for {', '.join(FAMILIES)} models, not for "
+            f"{config.model_type!r}. Give a module path, for its output, or with ':in' for its input; this model "
+            f"has e.g. {', '.join(examples)}."
+        )
+    if kind == "embed":
+        if layer:
+            raise DictlearnError(f"Site {name!r}: embed has no layer, write 'embed'.")
+        return family.paths[kind]
+    if layer not in map(str, range(config.num_hidden_layers)):
+        raise DictlearnError(
+            f"Site {name!r}: the layer must be 0 to {config.num_hidden_layers - 1}, as in '{kind}.0'; this model "
+            f"has {config.num_hidden_layers} layers."
+        )
+    if kind == "resid_mid" and family.parallel and getattr(config, family.parallel):
+        raise DictlearnError(
+            f"Site {name!r} does not exist here: with {family.parallel}=True attention and MLP both read "
+            f"resid_pre.{layer}, and the stream between them is never computed. Take attn_out.{layer} or "
+            f"resid_post.{layer}."
+        )
+    return family.paths[kind].format(layer)
+
+
+def _module_paths(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Modules that run, by path; lists of modules are only walked over."""
+    named = model.named_modules()
+    return {path: m for path, m in named if path and not isinstance(m, nn.ModuleList | nn.ModuleDict)}
+
+
+def _unknown(model: PreTrainedModel, name: str) -> DictlearnError:
+    config = model.config.get_text_config()
+    choices = list(_module_paths(model))
+    readable = ""
+    if config.model_type in FAMILIES:
+        layers = range(config.num_hidden_layers)
+        choices += ["embed", *(f"{kind}.{layer}" for kind in KINDS if kind != "embed" for layer in layers)]
+        readable = f"embed, or {' '.join(KINDS[1:])} with a layer from 0 to {len(layers) - 1} ('resid_post.0'), or "
+    close = difflib.get_close_matches(name, choices, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return DictlearnError(
+        f"This {config.model_type} model has no site {name!r}.{hint} A site is {readable}any module path (like "
+        f"{choices[0]}), for its output, or with ':in' for its input."
+    )
