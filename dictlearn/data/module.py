@@ -12,7 +12,7 @@ from dictlearn.data.normalize import SiteStatistics, estimate_statistics
 from dictlearn.data.stream import ActivationStream
 from dictlearn.data.text import Rows, TextData
 from dictlearn.data.tokens import TokenStore
-from dictlearn.lm import LM
+from dictlearn.lm.load import LM
 from dictlearn.lm.taps import activations
 from dictlearn.types import Site, TokenIds
 

@@ -45,7 +45,6 @@ class Meta:
     cursor: list[int]
     n_rows: int = 0
     n_counted: int = 0  # tokens of these rows that are not masked
-    n_documents: int = 0
     pending: tuple[int, ...] = ()  # tokens of documents before the cursor that fill no row yet
     complete: bool = False  # the text has ended
 
@@ -129,7 +128,6 @@ class Writer:
             cursor=cursor,
             n_rows=self.meta.n_rows + len(rows),
             n_counted=self.meta.n_counted + int(counted(rows, self.spec.special, self.spec.bos).sum()),
-            n_documents=self.meta.n_documents + len(documents),
             pending=tuple(self.packer.pending),
             complete=complete,
         )

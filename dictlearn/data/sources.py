@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b, file_digest
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Cursor = list[int]
 HASHES = 2**64  # a document's hash is an integer in [0, HASHES)
@@ -23,6 +23,7 @@ class SourceError(ValueError):
     """The text cannot be read as declared: states the file and what was expected."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Documents in a fixed order. `start` is the cursor of the first one; `endless` text has no last one."""
 

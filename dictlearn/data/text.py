@@ -137,20 +137,21 @@ class TextData:
             identity = source.identity()
         except SourceError as error:
             raise DictlearnError(str(error)) from error
-        special, bos = special_ids(tokenizer), tokenizer.bos_token_id
+        special = special_ids(tokenizer)
         spec = PackingSpec(
             source=source.spec(),
             split=split,
             threshold=threshold,
             ctx=self.ctx,
-            bos=tokenizer.eos_token_id if bos is None else bos,
-            special=special,
+            bos=special.get("bos", special.get("eos")),
+            special=sorted(set(special.values())),
             dtype="uint16" if max(backend.get_vocab().values()) < 2**16 else "uint32",
         )
         tokenizer_json = backend.to_str()
         parts = [FORMAT, identity, tokenizer_json, {**asdict(spec), "source": None}]
         fingerprint = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-        log.info("%s: %.2f %% of the documents are held out", self.name, 100 * threshold / HASHES)
+        if split == "train":
+            log.info("%s: %.2f %% of the documents are held out", self.name, 100 * threshold / HASHES)
         return TokenStore(
             self._cache() / "tokens" / fingerprint, spec, source.start, tokenizer_json, f"{self.name} ({split})"
         )
@@ -221,10 +222,10 @@ def text_files(path: str) -> list[Path]:
     return files
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that are never counted: bos, eos, pad, sep, cls and mask, where the tokenizer has them."""
-    ids = {getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
-    return sorted(token for token in ids if token is not None)
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that are never counted: bos, eos, pad, sep, cls and mask, where the tokenizer has them."""
+    ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
+    return {name: token for name, token in ids.items() if isinstance(token, int)}
 
 
 def heldout_threshold(source: Source, backend: Tokenizer, fraction: float, min_tokens: int, ctx: int) -> int:
@@ -270,12 +271,13 @@ def _tokens_per_char(source: Source, backend: Tokenizer) -> float:
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A copy of the fast tokenizer, without truncation and padding."""
-    if not tokenizer.is_fast:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(fast, Tokenizer):
         raise DictlearnError(
             f"Text is packed with fast tokenizers (tokenizer.json), but {tokenizer.name_or_path} "
             f"has only {type(tokenizer).__name__}, a slow one"
         )
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = Tokenizer.from_str(fast.to_str())
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -10,9 +10,10 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from dictlearn.types import DictlearnError, TokenIds, TokenMask
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.01
+NOTE_SECONDS = 5
 LOG_TAIL_CHARS = 2000
 PACKAGE_PARENT = Path(__file__).parents[2]
 
@@ -113,20 +115,22 @@ class TokenStore:
             self._worker.end()
             self._worker = None
 
-    def _wait(self, enough: Any, target: int) -> None:
-        waited = 0.0
-        while not (enough(self._meta) or self._meta.complete):
+    def _wait(self, enough: Callable[[Meta], bool], target: int) -> None:
+        """Until `enough`, or the end of the text; `target`: counted tokens that are enough in any case."""
+        if self._meta.complete or enough(self._meta):
+            return
+        note = time.monotonic() + NOTE_SECONDS
+        while True:
+            running = self._running()  # before the look at the disk: what a worker wrote until its end is seen
             self._refresh()
-            if enough(self._meta) or self._meta.complete:
+            if self._meta.complete or enough(self._meta):
                 return
-            if not self._running():
-                self._refresh()  # what it wrote after the look above
-                if not (enough(self._meta) or self._meta.complete):
-                    self._worker = _Worker(self.folder, self.spec, target)
+            if not running:
+                self._worker = _Worker(self.folder, self.spec, target)
+            if time.monotonic() > note:
+                log.info("waiting for %s to be tokenised, %d rows so far", self.name, self.n_rows)
+                note += NOTE_SECONDS
             time.sleep(POLL_SECONDS)
-            waited += POLL_SECONDS
-            if abs(waited % 10 - 5) < POLL_SECONDS / 2:
-                log.info("waiting for %s to be tokenised: %d rows so far", self.name, self.n_rows)
 
     def _running(self) -> bool:
         """Whether the worker runs; raises when it failed."""
