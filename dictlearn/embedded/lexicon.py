@@ -7,13 +7,15 @@ leading space (" boat"), as GPT-2's do. The topics share no word: one topical wo
 import math
 from bisect import bisect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
 
-class Table(NamedTuple, Generic[Item]):
+@dataclass(frozen=True, slots=True)
+class Table(Generic[Item]):
     """A finite distribution: `cumulative[i]` = P(one of items 0..i), `log_probs[i]` = ln P(items[i])."""
 
     items: tuple[Item, ...]
