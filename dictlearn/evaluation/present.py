@@ -1,0 +1,33 @@
+"""An evaluation as a person sees it: reports, plots and one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext
+from dictlearn.evaluation.plots import plot_report
+from dictlearn.evaluation.run import Results, evaluate
+from dictlearn.evaluation.table import report_table
+
+
+def evaluate_and_show(
+    context: EvaluationContext,
+    blocks: Mapping[str, EvaluationBlock],
+    out_dir_of: Mapping[str, Path],
+    plots: Path,
+    console: Console,
+) -> Results:
+    """`evaluate`, then the plots of every report under `plots`, then the table and what failed."""
+    results = evaluate(context, blocks, out_dir_of)
+    for report in results.reports.values():
+        plot_report(report, plots)
+    console.print(report_table(results.reports))
+    for name, report in results.reports.items():
+        for warning in report["warnings"]:
+            console.print(f"{name}: {warning}", style="yellow")
+    for error in results.errors:
+        console.print(f"FAILED {error}", style="red")
+    return results

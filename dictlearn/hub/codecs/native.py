@@ -1,0 +1,162 @@
+"""The native format: the SAELens v6 inference layout, `cfg.json` beside `sae_weights.safetensors`.
+
+An architecture that SAELens has is written under its name and opens there unchanged. One that it lacks (a TopK
+transcoder, a crosscoder) uses the same two files under a name of our own, `dictlearn_<kind>`, which SAELens refuses
+rather than misreads. What SAELens has no field for is in `metadata.dictlearn`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dictlearn import __version__
+from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub.codecs.base import read_json, read_tensors
+from dictlearn.hub.names import from_hook_name, to_hook_name
+from dictlearn.registry import kind_of, lookup
+from dictlearn.types import DictlearnError, FormatError
+
+WEIGHTS = "sae_weights.safetensors"
+CONFIG = "cfg.json"
+OWN = "dictlearn_"  # prefix of architectures that SAELens does not have
+SAE_LENS_VERSION = "6.0.0"  # the oldest version with this layout; older files are read there by other rules
+# (sparsifier, autoencoder, skip) of a Linear dictionary -> architecture in SAELens
+SAE_LENS_NAMES = {
+    ("relu", True, False): "standard",
+    ("top_k", True, False): "topk",
+    ("relu", False, False): "transcoder",
+    ("relu", False, True): "skip_transcoder",
+}
+
+
+class Native:
+    """SAELens v6 inference files, and our own architectures in the same layout."""
+
+    def matches(self, files: Iterable[str], cfg: Mapping[str, Any]) -> bool:
+        return {WEIGHTS, CONFIG} <= set(files) and "architecture" in cfg
+
+    def read(self, folder: Path) -> Dictionary:
+        cfg = read_json(folder / CONFIG)
+        own = cfg.get("metadata", {}).get("dictlearn")
+        try:
+            dictionary = _build_own(own) if own is not None else _build_sae_lens(cfg)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FormatError(f"{folder / CONFIG}: missing or wrong field: {error!r}.") from None
+        except DictlearnError as error:
+            raise FormatError(f"{folder / CONFIG}: {error}") from None
+        shapes = {name: tuple(p.shape) for name, p in dictionary.named_parameters()}
+        tensors = read_tensors(folder / WEIGHTS, shapes)
+        with torch.no_grad():
+            for name, parameter in dictionary.named_parameters():
+                parameter.copy_(tensors[name])
+            if own is None:
+                _fold_sae_lens(dictionary, cfg)
+        return dictionary.requires_grad_(False).eval()
+
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        scales = torch.cat([dictionary.read_scale, dictionary.write_scale])
+        if not torch.equal(scales, torch.ones_like(scales)):
+            raise DictlearnError("Only inference dictionaries are written: call for_inference() first.")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().cpu().contiguous() for name, p in dictionary.named_parameters()}
+        partial = folder / f"{WEIGHTS}.part"
+        save_file(tensors, partial)
+        partial.replace(folder / WEIGHTS)
+        partial = folder / f"{CONFIG}.part"
+        partial.write_text(json.dumps(_config(dictionary), indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / CONFIG)
+
+
+def _config(dictionary: Dictionary) -> dict[str, Any]:
+    sparsifier = {"kind": kind_of(dictionary.sparsifier), **dictionary.sparsifier.config()}
+    own = {"version": __version__, "kind": kind_of(dictionary), **dictionary.config(), "sparsifier": sparsifier}
+    metadata = dictionary.metadata
+    cfg: dict[str, Any] = {
+        "architecture": _architecture(dictionary),
+        "d_in": dictionary.d_in,
+        "d_sae": dictionary.n_latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if not dictionary.is_autoencoder:
+        cfg["d_out"] = dictionary.d_out
+    if cfg["architecture"] == "topk":
+        cfg |= {"k": sparsifier["k"], "rescale_acts_by_decoder_norm": False}
+    hooks = {"hook_name": to_hook_name(dictionary.reads[0])}
+    if not dictionary.is_autoencoder:
+        hooks["hook_name_out"] = to_hook_name(dictionary.writes[0])
+    cfg["metadata"] = {
+        "sae_lens_version": SAE_LENS_VERSION,
+        "sae_lens_training_version": None,
+        "model_name": metadata.get("lm_name"),
+        "model_class_name": "AutoModelForCausalLM",
+        **hooks,
+        "context_size": metadata.get("ctx"),
+        "prepend_bos": metadata.get("prepend_bos"),
+        "dataset_path": metadata.get("data"),
+        "dictlearn": {**own, "metadata": metadata},
+    }
+    return cfg
+
+
+def _architecture(dictionary: Dictionary) -> str:
+    kind = kind_of(dictionary)
+    key = (kind_of(dictionary.sparsifier), dictionary.is_autoencoder, dictionary.W_skip is not None)
+    return SAE_LENS_NAMES[key] if kind == "linear" and key in SAE_LENS_NAMES else f"{OWN}{kind}"
+
+
+def _build_own(own: Mapping[str, Any]) -> Dictionary:
+    sparsifier = dict(own["sparsifier"])
+    built = lookup("dictlearn.sparsifiers", sparsifier.pop("kind"))(**sparsifier)
+    skip = {"version", "kind", "sparsifier", "metadata"}
+    arguments = {key: value for key, value in own.items() if key not in skip}
+    dictionary = lookup("dictlearn.dictionaries", own["kind"])(sparsifier=built, **arguments)
+    dictionary.metadata = dict(own["metadata"])
+    return dictionary
+
+
+def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
+    """An empty dictionary for a file that SAELens wrote."""
+    architecture = cfg["architecture"]
+    by_name = {name: key for key, name in SAE_LENS_NAMES.items()}
+    if architecture not in by_name:
+        raise DictlearnError(f"architecture must be one of {sorted(by_name)}, got {architecture!r}.")
+    if (mode := cfg.get("normalize_activations", "none")) != "none":
+        raise DictlearnError(f"normalize_activations must be 'none' (folded weights), got {mode!r}.")
+    kind, autoencoder, skip = by_name[architecture]
+    arguments = {"k": cfg["k"]} if kind == "top_k" else {"l1": 0.0}
+    metadata = cfg.get("metadata", {})
+    read = from_hook_name(str(metadata.get("hook_name") or cfg.get("hook_name") or "x"))
+    write = read if autoencoder else from_hook_name(str(metadata.get("hook_name_out") or "y"))
+    dictionary = Linear(
+        d_in=cfg["d_in"],
+        d_out=cfg["d_in"] if autoencoder else cfg["d_out"],
+        n_latents=cfg["d_sae"],
+        sparsifier=lookup("dictlearn.sparsifiers", kind)(**arguments),
+        reads=(read,),
+        writes=(write,),
+        skip=skip,
+        decoder_norm="free",
+    )
+    dictionary.metadata = {"lm_name": metadata.get("model_name"), "ctx": metadata.get("context_size")}
+    return dictionary
+
+
+def _fold_sae_lens(dictionary: Dictionary, cfg: Mapping[str, Any]) -> None:
+    """Fold what our forward rule does not have: decoder-norm rescaled TopK, then the pre-encoder bias."""
+    if cfg.get("rescale_acts_by_decoder_norm", False):
+        norms = dictionary.W_dec.norm(dim=-1, keepdim=True)
+        dictionary.W_dec.div_(norms)
+        dictionary.scale_latents_(norms.squeeze(-1))
+    if cfg.get("apply_b_dec_to_input", False):
+        dictionary.b_enc.sub_(dictionary.b_dec @ dictionary.W_enc)

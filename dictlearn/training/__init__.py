@@ -1,0 +1,1 @@
+"""Training: K dictionaries from one LM pass, in Lightning."""

@@ -1,0 +1,121 @@
+"""Callbacks: the progress display, periodic checkpoints, and the random state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dictlearn.training.module import DictionaryTraining
+
+
+class ProgressDisplay(Callback):
+    """A bar over the steps, tokens/s, and per dictionary the loss, FVU, L0 and dead fraction of the last window.
+
+    Where the output is no terminal, a line every tenth of the run.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, {task.fields[speed]} tokens/s,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self.live = Live(console=self.console, refresh_per_second=4)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.task = self.bar.add_task("train", total=pl_module.n_steps, completed=trainer.global_step, speed="-")
+        if self.console.is_terminal:
+            self.live.start()
+            self._show(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        self.bar.update(self.task, completed=step, speed=_count(pl_module.latest.get("tokens_per_second")))
+        if self.console.is_terminal:
+            if step % 10 == 0:
+                self._show(pl_module)
+        elif step % max(1, pl_module.n_steps // 10) == 0:
+            self.console.print(_line(pl_module, step))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
+        if self.live.is_started:
+            self._show(pl_module)
+        self.live.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self.live.stop()
+
+    def _show(self, module: DictionaryTraining) -> None:
+        self.live.update(Group(self.bar, _table(module)))
+
+
+def _table(module: DictionaryTraining) -> Table:
+    table = Table("dictionary", "loss", "FVU", "L0", "dead", box=None)
+    for member in module.members:
+        table.add_row(member.learner.name, *_values(module, member.learner.name))
+    return table
+
+
+def _line(module: DictionaryTraining, step: int) -> str:
+    parts = [
+        "{}: loss {} FVU {} L0 {} dead {}".format(name, *_values(module, name))
+        for name in (member.learner.name for member in module.members)
+    ]
+    speed = _count(module.latest.get("tokens_per_second"))
+    return f"step {step}/{module.n_steps}, {speed} tokens/s | " + " | ".join(parts)
+
+
+def _values(module: DictionaryTraining, name: str) -> list[str]:
+    if not module.latest:
+        return ["-"] * 4
+    loss, fvu, l0, dead = (module.latest[f"{name}/{key}"] for key in ("loss", "fvu", "l0", "frac_dead"))
+    return [f"{loss:.4f}", f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}"]
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+class RandomState(Callback):
+    """Torch's random state travels with the checkpoint (Lightning leaves it out)."""
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._restored is not None:
+            torch.set_rng_state(self._restored["cpu"])
+            if self._restored["cuda"]:
+                torch.cuda.set_rng_state_all(self._restored["cuda"])
+            self._restored = None
+
+
+def periodic_checkpoint(folder: Path, n_steps: int) -> ModelCheckpoint:
+    """Every 500 steps or tenth of the run, whichever comes first; written whole or not at all, the newest kept."""
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="step-{step:08d}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=max(1, min(500, n_steps // 10)),
+        save_top_k=1,
+        save_on_train_epoch_end=False,
+    )

@@ -1,0 +1,88 @@
+"""The LightningModule: K independent dictionaries on the batches of one LM pass."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dictlearn.data import Batch
+from dictlearn.training.learner import Learner
+from dictlearn.training.optimizers import Adam, build_optimizer
+from dictlearn.training.schedules import WarmupDecay
+from dictlearn.training.statistics import WindowMetrics
+
+LOG_EVERY = 50  # steps per window: one transfer from the device, one row in metrics.csv
+
+
+class Member(NamedTuple):
+    """A dictionary in training, with its own optimizer settings and schedule."""
+
+    learner: Learner
+    optimizer: Adam
+    schedule: WarmupDecay
+
+
+class DictionaryTraining(L.LightningModule):
+    """Trains every member on every batch; losses are independent, so their sum has each one's own gradients.
+
+    Metrics stay on the device and leave it once per window in one transfer. `latest` holds the last window's
+    values for the progress bar.
+    """
+
+    def __init__(self, members: list[Member], n_steps: int, batch_size: int) -> None:
+        super().__init__()
+        self.members = members
+        self.learners = nn.ModuleList(member.learner for member in members)
+        self.n_steps, self.batch_size = n_steps, batch_size
+        self.latest: dict[str, float] = {}
+        self._window_start: tuple[int, float] | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        return torch.stack([member.learner.loss(batch) for member in self.members]).sum()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer([(m.learner.dictionary, m.optimizer) for m in self.members])
+        factors = [lambda step, m=m: m.schedule.factor(step, self.n_steps) for m in self.members]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
+        }
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        for member in self.members:
+            member.learner.clip_gradients_()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Here and not in a batch-end hook: checkpoints are saved before those run.
+        super().optimizer_step(*args, **kwargs)
+        for member in self.members:
+            member.learner.dictionary.project_()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        # A window ends before the next step, not after its last: a checkpoint saved between the two then holds
+        # the whole window, and the resumed run ends it here as this one does.
+        if self._window_start is None:
+            self._window_start = (self.global_step, time.perf_counter())
+        if self.global_step > 0 and self.global_step % LOG_EVERY == 0:
+            self._flush(self.global_step)
+
+    def on_train_end(self) -> None:
+        self._flush(self.global_step)
+
+    def _flush(self, step: int) -> None:
+        windows = [member.learner.statistics.flush() for member in self.members]
+        values = torch.stack([value.double() for window in windows for value in window]).tolist()
+        names = [f"{m.learner.name}/{field}" for m in self.members for field in WindowMetrics._fields]
+        start, since = self._window_start or (step, time.perf_counter())
+        now = time.perf_counter()
+        self._window_start = (step, now)
+        speed = (step - start) * self.batch_size / max(now - since, 1e-9)
+        self.latest = {**dict(zip(names, values, strict=True)), "tokens_per_second": speed}
+        row = {"n_tokens": float(step * self.batch_size), **self.latest}
+        for logger in self.loggers:
+            logger.log_metrics(row, step=step)

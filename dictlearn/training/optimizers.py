@@ -1,0 +1,54 @@
+"""The optimizer: one fused Adam, one parameter group per dictionary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Adam as TorchAdam
+
+from dictlearn.dictionaries import Dictionary
+from dictlearn.types import DictlearnError
+
+LAW_LR, LAW_LATENTS = 2e-4, 2**14  # the learning-rate law of Gao et al. 2024: 2e-4 / sqrt(n_latents / 2^14)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam for one dictionary (Kingma & Ba 2015).
+
+    Args:
+        lr: peak learning rate; None: `lr_factor` x 2e-4 / sqrt(n_latents / 2^14).
+        lr_factor: multiplies the law; short runs are limited by steps, so they want more than 1.
+        betas, eps: as in the paper; eps is far below the gradients of a normalised loss.
+        clip_norm: largest gradient norm of the dictionary; None: no clipping.
+    """
+
+    lr: float | None
+    lr_factor: float
+    betas: tuple[float, float]
+    eps: float
+    clip_norm: float | None
+
+    def __post_init__(self) -> None:
+        positive = {"lr": self.lr, "lr_factor": self.lr_factor, "eps": self.eps, "clip_norm": self.clip_norm}
+        if bad := {name: value for name, value in positive.items() if value is not None and value <= 0}:
+            raise DictlearnError(f"optimizer values must be positive, got {bad}.")
+
+    def peak_lr(self, dictionary: Dictionary) -> float:
+        """The learning rate at the top of the schedule."""
+        return self.lr or self.lr_factor * LAW_LR / (dictionary.n_latents / LAW_LATENTS) ** 0.5
+
+
+def build_optimizer(members: list[tuple[Dictionary, Adam]]) -> TorchAdam:
+    """One optimizer over all dictionaries, each a parameter group with its own settings."""
+    groups = [
+        {
+            "params": list(dictionary.parameters()),
+            "lr": adam.peak_lr(dictionary),
+            "betas": tuple(adam.betas),
+            "eps": adam.eps,
+        }
+        for dictionary, adam in members
+    ]
+    return torch.optim.Adam(groups, fused=True)

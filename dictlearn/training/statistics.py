@@ -1,0 +1,96 @@
+"""What training counts as it goes: which latents fire, and the window's loss, FVU and L0."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from dictlearn.types import Latents, Scalar, SparseLatents, Step
+
+
+class WindowMetrics(NamedTuple):
+    """Means over the tokens of one window, as tensors on the device. `fvu` is about the window's own mean."""
+
+    loss: Scalar
+    fvu: Scalar
+    l0: Scalar
+    frac_dead: Scalar
+
+
+class TrainingStatistics(nn.Module):
+    """Accumulates on the device, without synchronising; `flush` ends a window of steps.
+
+    A latent is dead when it has not fired for `dead_after_tokens` tokens, counted in tokens and judged at the end
+    of each window. Everything that a later step depends on is in the state_dict, half-full windows included, so a
+    resumed run continues exactly.
+    """
+
+    tokens_since_fired: Int[Tensor, " n_latents"]
+    is_dead: Bool[Tensor, " n_latents"]
+    fired: Int[Tensor, " n_latents"]  # firings in this window
+    sums: Tensor  # [4]: loss, tokens, SSE, sum of squares of the target; float64
+    target_sum: Tensor  # [n_writes * d_out]; float64
+
+    def __init__(self, n_latents: int, width: int, dead_after_tokens: int) -> None:
+        super().__init__()
+        self.dead_after_tokens = dead_after_tokens
+        self.register_buffer("tokens_since_fired", torch.zeros(n_latents, dtype=torch.int64))
+        self.register_buffer("is_dead", torch.zeros(n_latents, dtype=torch.bool))
+        self.register_buffer("fired", torch.zeros(n_latents, dtype=torch.int64))
+        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("target_sum", torch.zeros(width, dtype=torch.float64))
+        self._dead: Int[Tensor, " n_dead"] | None = None
+        self._dead_is_current = False
+
+    @property
+    def dead(self) -> Int[Tensor, " n_dead"] | None:
+        """Indices of the dead latents, None if there are none; found anew once per window."""
+        if not self._dead_is_current:  # the only place that waits for the device
+            indices = self.is_dead.nonzero().squeeze(-1)
+            self._dead = indices if len(indices) else None
+            self._dead_is_current = True
+        return self._dead
+
+    @torch.no_grad()
+    def update(self, step: Step, loss: Scalar) -> None:
+        """Add one step; `loss` is its total loss."""
+        _count_fired_(self.fired, step.latents)
+        n_tokens = torch.tensor(float(len(step.x)), dtype=torch.float64)
+        error = (step.target - step.recon).square().sum()
+        parts = [loss * len(step.x), n_tokens.to(error.device), error, step.target.square().sum()]
+        self.sums += torch.stack([part.double() for part in parts])
+        self.target_sum += step.target.sum(0)
+
+    @torch.no_grad()
+    def flush(self) -> WindowMetrics:
+        """The window's metrics; starts the next window and decides which latents are dead in it."""
+        loss, n_tokens, sse, sum_sq = self.sums.unbind()
+        self.tokens_since_fired += n_tokens.long()
+        self.tokens_since_fired.masked_fill_(self.fired > 0, 0)
+        self.is_dead.copy_(self.tokens_since_fired >= self.dead_after_tokens)
+        self._dead_is_current = False
+        spread = sum_sq - self.target_sum.square().sum() / n_tokens
+        metrics = WindowMetrics(
+            loss=loss / n_tokens,
+            fvu=sse / spread,
+            l0=self.fired.sum() / n_tokens,
+            frac_dead=self.is_dead.double().mean(),
+        )
+        for buffer in (self.fired, self.sums, self.target_sum):
+            buffer.zero_()
+        return metrics
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[arg-type]
+        self._dead_is_current = False
+
+
+def _count_fired_(fired: Int[Tensor, " n_latents"], latents: Latents) -> None:
+    """Add to `fired` on how many tokens each latent is active."""
+    if isinstance(latents, SparseLatents):
+        fired.index_add_(0, latents.indices, (latents.values > 0).to(fired.dtype))
+    else:
+        fired.add_((latents > 0).flatten(0, -2).sum(0))
