@@ -83,7 +83,7 @@ class _Account:
         }
 
 
-def per_site(values: Mapping[str, Float[Tensor, " n_sites"]], sites: tuple[str, ...]) -> dict[str, Any]:
+def per_site(values: Mapping[str, Float[Tensor, "*n_sites"]], sites: tuple[str, ...]) -> dict[str, Any]:
     """Each value's mean over the sites; with several, a dict by site name under `per_site` as well."""
     section: dict[str, Any] = {name: float(value.mean()) for name, value in values.items()}
     if len(sites) > 1:

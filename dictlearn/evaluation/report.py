@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+import dictlearn
 from dictlearn.evaluation.context import EvaluationContext
 from dictlearn.registry import kind_of
 
 SCHEMA_VERSION = 1
-PACKAGES = ("dictlearn", "torch", "transformers", "lightning")
+PACKAGES = ("torch", "transformers", "torchmetrics")
 
 
 def new_report(context: EvaluationContext, name: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def new_report(context: EvaluationContext, name: str) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tool": {"name": "dictlearn", "version": version("dictlearn")},
+        "tool": {"name": "dictlearn", "version": dictlearn.__version__},
         "dictionary": dictionary_section(context, name),
         "lm": lm_section(context),
         "data": data_section(context),
@@ -91,7 +92,7 @@ def compute_section(context: EvaluationContext) -> dict[str, Any]:
         "batch_rows": context.batch_rows,
         "n_dictionaries": len(context.dictionaries),
         "n_threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "seconds": 0.0,
         "seconds_by_block": {},
     }

@@ -1,0 +1,211 @@
+"""The blocks `sparsity` and `reconstruction` on a real forward of a tiny LM."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.crosscoder import Crosscoder
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.evaluation import context as context_module
+from dictlearn.evaluation.reconstruction import Reconstruction, density_histogram
+from dictlearn.lm.load import LM
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
+from tests.evaluation.conftest import (
+    CTX,
+    D_MODEL,
+    N_ROWS,
+    autoencoder,
+    constant,
+    context_of,
+    counted_mean,
+    true_mlp,
+)
+
+
+def run(lm: LM, tokens: Tensor, dictionary: Dictionary, **options: Any) -> dict:
+    return Reconstruction().run(context_of(lm, tokens, {"x": dictionary}, **options))["x"]
+
+
+def hidden(lm: LM, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Counted activations of resid_post.1, float64, without our hooks."""
+    return lm.model(tokens, output_hidden_states=True).hidden_states[2][mask].double()
+
+
+def random_sae(n_latents: int = 24) -> Linear:
+    sae = Linear(D_MODEL, D_MODEL, n_latents, TopK(k=5), reads=("resid_post.1",), writes=("resid_post.1",))
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return sae.requires_grad_(False)
+
+
+def test_identity(lm: LM, tokens: Tensor) -> None:
+    got = run(lm, tokens, autoencoder())
+    assert got["reconstruction"]["fvu"] == 0
+    assert got["reconstruction"]["cosine"] == pytest.approx(1, abs=1e-9)
+    assert got["reconstruction"]["relative_bias"] == pytest.approx(1, abs=1e-9)
+    assert got["sparsity"]["l0"]["mean"] == D_MODEL
+    assert got["sparsity"]["n_dead"] == 0
+
+
+def test_mean_predictor(lm: LM, tokens: Tensor) -> None:
+    got = run(lm, tokens, constant(counted_mean(lm, tokens, tokens != 0)))
+    assert got["reconstruction"]["fvu"] == pytest.approx(1, abs=1e-9)
+    assert got["sparsity"]["l0"] == {"mean": 0, "median": 0, "p5": 0, "p95": 0}
+    assert got["sparsity"]["frac_dead"] == 1
+
+
+def test_zero_predictor(lm: LM, tokens: Tensor) -> None:
+    x = hidden(lm, tokens, tokens != 0)
+    variance = (x - x.mean(0)).square().sum(1).mean()
+    got = run(lm, tokens, constant(torch.zeros(D_MODEL)))["reconstruction"]
+    assert got["fvu"] == pytest.approx((1 + x.mean(0).square().sum() / variance).item(), rel=1e-9)
+    assert math.isnan(got["cosine"])
+    assert got["n_zero_norm"] == got["n_tokens"]
+
+
+@pytest.mark.parametrize("a", [0.5, 0.875])
+def test_shrink(lm: LM, tokens: Tensor, a: float) -> None:
+    x = hidden(lm, tokens, tokens != 0)
+    variance = (x - x.mean(0)).square().sum(1).mean()
+    got = run(lm, tokens, autoencoder(scale=a))["reconstruction"]
+    assert got["relative_bias"] == pytest.approx(a, rel=1e-6)
+    assert got["cosine"] == pytest.approx(1, rel=1e-6)
+    assert got["fvu"] == pytest.approx(((1 - a) ** 2 * x.square().sum(1).mean() / variance).item(), rel=1e-6)
+
+
+def test_an_offset_is_an_error(lm: LM, tokens: Tensor) -> None:
+    """A variance of the residual about its own mean would not see it."""
+    x = hidden(lm, tokens, tokens != 0)
+    variance = (x - x.mean(0)).square().sum(1).mean()
+    got = run(lm, tokens, autoencoder(offset=torch.full((D_MODEL,), 0.5)))["reconstruction"]
+    assert got["fvu"] == pytest.approx((D_MODEL * 0.25 / variance).item(), rel=1e-5)
+    assert got["mse_per_dim"] == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 100])
+def test_batch_and_chunk_size_do_not_matter(
+    lm: LM, tokens: Tensor, batch_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = random_sae()
+    expected = run(lm, tokens, sae)
+    monkeypatch.setattr(context_module, "CHUNK_ELEMENTS", 24 * 3)  # three tokens at once
+    order = torch.randperm(N_ROWS)
+    got = run(lm, tokens[order], sae, batch_rows=batch_rows)
+    assert got["sparsity"] == expected["sparsity"]
+    assert got["histograms"] == expected["histograms"]
+    assert got["reconstruction"] == pytest.approx(expected["reconstruction"], rel=1e-6)
+
+
+def test_against_a_slow_version(lm: LM, tokens: Tensor) -> None:
+    sae, x = random_sae(), hidden(lm, tokens, tokens != 0)
+    got = run(lm, tokens, sae)
+    out = sae(x.float())
+    active = out.latents != 0
+    assert got["sparsity"]["l0"]["mean"] == pytest.approx(active.sum(1).double().mean().item())
+    assert got["sparsity"]["n_dead"] == int((~active.any(0)).sum())
+    assert got["sparsity"]["n_tokens"] == len(x)
+    sse = (x - out.recon.double()).square().sum()
+    assert got["reconstruction"]["mse_per_token"] == pytest.approx((sse / len(x)).item(), rel=1e-5)
+    assert got["reconstruction"]["fvu"] == pytest.approx((sse / (x - x.mean(0)).square().sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("poison", [1e6, math.nan])
+def test_masked_positions_move_nothing(
+    lm: LM, tokens: Tensor, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = tokens != 0
+    mask[:, 5] = False
+    sae = random_sae()
+    expected = run(lm, tokens, sae, mask=mask)
+    assert expected["sparsity"]["n_tokens"] == N_ROWS * (CTX - 2) - 4  # BOS, position 5, and 4 rows' second BOS
+    true_activations = context_module.activations
+    seen = iter(mask.split(5))
+
+    def poisoned(*args: Any) -> dict[str, Tensor]:
+        hide = ~next(seen)
+        return {name: acts.masked_fill(hide[..., None], poison) for name, acts in true_activations(*args).items()}
+
+    monkeypatch.setattr(context_module, "activations", poisoned)
+    assert run(lm, tokens, sae, mask=mask) == expected
+
+
+def test_right_padding_changes_nothing(lm: LM, tokens: Tensor) -> None:
+    sae = random_sae()
+    padded = torch.cat([tokens, torch.zeros(N_ROWS, 9, dtype=torch.int64)], dim=1)
+    expected, got = run(lm, tokens, sae), run(lm, padded, sae)
+    assert got["sparsity"] == expected["sparsity"]
+    assert got["reconstruction"] == pytest.approx(expected["reconstruction"], rel=1e-5)
+
+
+def test_one_pass_for_all_dictionaries_and_the_means(lm: LM, tokens: Tensor) -> None:
+    """Together they get what each gets alone, in as many forwards as one; the means are cached."""
+    dictionaries = {"a": random_sae(), "b": autoencoder(0.5), "t": true_mlp(lm, 1, "mlp_in.1", "mlp_out.1")}
+    alone = {name: run(lm, tokens, d) for name, d in dictionaries.items()}
+    context = context_of(lm, tokens, dictionaries)
+    n_forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal n_forwards
+        n_forwards += 1
+
+    handle = lm.model.get_submodule("transformer.h.0").register_forward_hook(count)
+    together = Reconstruction().run(context)
+    handle.remove()
+    assert n_forwards == math.ceil(N_ROWS / 5)
+    assert together == alone
+    expected = counted_mean(lm, tokens, context.mask)
+    torch.testing.assert_close(context.means["resid_post.1"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_true_mlp_is_a_perfect_transcoder(lm: LM, tokens: Tensor) -> None:
+    for layer in range(3):
+        got = run(lm, tokens, true_mlp(lm, layer, f"mlp_in.{layer}", f"mlp_out.{layer}"))["reconstruction"]
+        assert got["fvu"] < 1e-10
+    assert run(lm, tokens, true_mlp(lm, 1, "mlp_in.1", "mlp_in.1"))["reconstruction"]["fvu"] > 0.5
+
+
+def test_several_write_sites(lm: LM, tokens: Tensor) -> None:
+    """Values are means over the sites, and `per_site` says which is which."""
+    sites = ("resid_post.0", "resid_post.2")
+    crosscoder = Crosscoder(D_MODEL, D_MODEL, 4, ReLU(l1=0.0), reads=sites, writes=sites)
+    with torch.no_grad():
+        crosscoder.b_dec[0] = counted_mean(lm, tokens, tokens != 0, layer=0)
+    got = run(lm, tokens, crosscoder.requires_grad_(False))["reconstruction"]
+    assert list(got["per_site"]) == list(sites)
+    assert got["per_site"]["resid_post.0"]["fvu"] == pytest.approx(1, abs=1e-9)
+    assert got["per_site"]["resid_post.2"]["fvu"] > 1 + 1e-3
+    assert got["fvu"] == pytest.approx((1 + got["per_site"]["resid_post.2"]["fvu"]) / 2, abs=1e-9)
+
+
+def test_planted_data_has_an_exact_dictionary(lm: LM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x = sum f_i d_i with orthonormal d_i and known firing rates."""
+    directions = torch.linalg.qr(torch.randn(D_MODEL, D_MODEL)).Q
+    rates = torch.cat([torch.logspace(-3, math.log10(0.5), D_MODEL - 3), torch.zeros(3)])
+    many = torch.randint(2, lm.vocab_size, (1000, CTX))
+    fired = torch.rand(1000, CTX, D_MODEL) < rates
+    codes = fired * (1 + torch.rand(1000, CTX, D_MODEL))
+    batches = iter((codes @ directions).split(100))
+    monkeypatch.setattr(context_module, "activations", lambda *_: {"resid_post.1": next(batches)})
+    sae = Linear(D_MODEL, D_MODEL, D_MODEL, ReLU(l1=0.0), reads=("resid_post.1",), writes=("resid_post.1",))
+    with torch.no_grad():
+        sae.W_enc.copy_(directions.T)
+        sae.W_dec.copy_(directions)
+        sae.b_enc.fill_(-1e-4)  # rounding must not fire a silent latent
+    got = run(lm, many, sae.requires_grad_(False), batch_rows=100)
+    assert got["reconstruction"]["fvu"] < 1e-7
+    assert got["sparsity"]["n_dead"] == int((~fired.flatten(0, 1).any(0)).sum()) >= 3
+    assert got["sparsity"]["l0"]["mean"] == pytest.approx(fired.sum(-1).double().mean().item(), abs=1e-9)
+    assert sum(got["histograms"]["density"]["n_latents"]) == D_MODEL - got["sparsity"]["n_dead"]
+    assert sum(got["histograms"]["l0"]["n_tokens"]) == 1000 * CTX
+
+
+def test_density_histogram() -> None:
+    density = torch.tensor([0.0, 1e-12, 2e-6, 0.011, 0.012, 0.5, 1.0, 0.0], dtype=torch.float64)
+    got = density_histogram(density)
+    occupied = {low: n for low, n in zip(got["log10_low"], got["n_latents"], strict=True) if n}
+    assert occupied == {-8.0: 1, -5.7: 1, -2.0: 2, -0.4: 1, -0.1: 1}

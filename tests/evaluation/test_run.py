@@ -1,0 +1,212 @@
+"""evaluate(): the report, and what is kept when a block or a dictionary fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.evaluation import EvaluationContext, Results, evaluate
+from dictlearn.evaluation.behaviour import Behaviour
+from dictlearn.evaluation.reconstruction import Reconstruction
+from dictlearn.evaluation.report import without_nan, write_report
+from dictlearn.evaluation.table import COLUMNS, report_table
+from dictlearn.lm.load import LM
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.types import DictlearnError
+from tests.evaluation.conftest import CTX, D_MODEL, N_ROWS, autoencoder, constant, context_of, true_mlp
+
+L0_KEYS = {"mean", "median", "p5", "p95"}
+RECONSTRUCTION_KEYS = {
+    *("fvu", "fve", "mse_per_token", "mse_per_dim", "cosine", "relative_bias", "n_zero_norm", "n_tokens")
+}
+BEHAVIOUR_KEYS = {
+    *("ce_clean", "ce_rec", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero", "ce_recovered_mean"),
+    *("kl_rec", "kl_zero", "kl_mean", "kl_recovered_zero", "kl_recovered_mean", "n_tokens", "n_replaced"),
+}
+
+
+class Broken:
+    """Fails for one dictionary, or for every one."""
+
+    def __init__(self, culprit: str | None = None) -> None:
+        self.culprit = culprit
+
+    def run(self, context: EvaluationContext) -> dict[str, dict[str, Any]]:
+        if self.culprit is None or self.culprit in context.dictionaries:
+            raise RuntimeError("out of luck")
+        return {name: {"luck": {"value": 1.0}} for name in context.dictionaries}
+
+
+def blocks() -> dict[str, Any]:
+    return {"reconstruction": Reconstruction(), "behaviour": Behaviour(n_tokens=100)}
+
+
+def dirs(context: EvaluationContext, out_dir: Path) -> dict[str, Path]:
+    return {name: out_dir / name for name in context.dictionaries}
+
+
+@pytest.fixture
+def context(lm: LM, tokens: Tensor) -> EvaluationContext:
+    return context_of(lm, tokens, {"a": autoencoder(0.7), "t": true_mlp(lm, 1, "mlp_in.1", "mlp_out.1")})
+
+
+def strict(file: Path) -> dict[str, Any]:
+    """NaN and Infinity are no JSON."""
+    return json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {file}"))
+
+
+def test_report(context: EvaluationContext, out_dir: Path) -> None:
+    results = evaluate(context, blocks(), dirs(context, out_dir))
+    assert results.errors == []
+    for name in context.dictionaries:
+        report = strict(out_dir / name / "report.json")
+        assert report == results.reports[name]
+        assert report["schema_version"] == 1
+        assert report["sparsity"]["l0"].keys() == L0_KEYS
+        assert report["reconstruction"].keys() == RECONSTRUCTION_KEYS
+        assert report["behaviour"].keys() == BEHAVIOUR_KEYS
+        assert list(report)[-2:] == ["warnings", "errors"]
+        assert report["warnings"] == []
+    report = results.reports["t"]
+    expected = {"name": "t", "kind": "linear", "reads": ["mlp_in.1"], "writes": ["mlp_out.1"]}
+    assert expected.items() <= report["dictionary"].items()
+    assert report["lm"] == {
+        "name": context.lm.name,
+        "revision": None,
+        "dtype": "float32",
+        "attn_implementation": "sdpa",
+    }
+    n_counted = N_ROWS * (CTX - 1) - 4
+    assert report["data"] == {
+        "name": "random",
+        "n_rows": N_ROWS,
+        "ctx": CTX,
+        "n_tokens": N_ROWS * CTX,
+        "n_counted": n_counted,
+        "n_masked": N_ROWS + 4,
+    }
+    assert report["reconstruction"]["n_tokens"] == n_counted
+    assert report["compute"]["seconds"] == pytest.approx(sum(report["compute"]["seconds_by_block"].values()))
+    assert report["compute"]["device"] == "cpu"
+
+
+def test_nothing_is_left_beside_the_report(context: EvaluationContext, out_dir: Path) -> None:
+    evaluate(context, {"reconstruction": Reconstruction()}, dirs(context, out_dir))
+    assert [file.name for file in (out_dir / "a").iterdir()] == ["report.json"]
+
+
+def test_sha256_of_the_weights(lm: LM, tokens: Tensor, out_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    context = EvaluationContext(
+        lm, {"a": autoencoder(), "b": autoencoder()}, tokens, tokens != 0, weight_files={"a": file}
+    )
+    reports = evaluate(context, {}, dirs(context, out_dir)).reports
+    assert reports["a"]["dictionary"]["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert reports["b"]["dictionary"]["sha256"] is None
+
+
+def test_a_failing_block_keeps_what_was_computed(context: EvaluationContext, out_dir: Path) -> None:
+    several = {"reconstruction": Reconstruction(), "broken": Broken(), "behaviour": Behaviour(n_tokens=100)}
+    results = evaluate(context, several, dirs(context, out_dir))
+    assert results.errors == [f"{name}: broken: RuntimeError: out of luck" for name in context.dictionaries]
+    for name in context.dictionaries:
+        report = strict(out_dir / name / "report.json")
+        assert report["errors"] == ["broken: RuntimeError: out of luck"]
+        assert report["reconstruction"].keys() == RECONSTRUCTION_KEYS
+        assert report["behaviour"].keys() == BEHAVIOUR_KEYS
+
+
+def test_one_broken_dictionary_does_not_cost_the_others_their_numbers(
+    context: EvaluationContext, out_dir: Path
+) -> None:
+    results = evaluate(context, {"luck": Broken(culprit="t")}, dirs(context, out_dir))
+    assert results.errors == ["t: luck: RuntimeError: out of luck"]
+    assert strict(out_dir / "a" / "report.json")["luck"] == {"value": 1.0}
+    assert "luck" not in results.reports["t"]
+
+
+def test_the_report_is_on_disk_after_every_block(context: EvaluationContext, out_dir: Path) -> None:
+    class Interrupted:
+        def run(self, context: EvaluationContext) -> dict[str, dict[str, Any]]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(context, {"reconstruction": Reconstruction(), "last": Interrupted()}, dirs(context, out_dir))
+    assert strict(out_dir / "a" / "report.json")["reconstruction"]["fvu"] > 0
+
+
+def test_undefined_numbers_are_null_with_a_warning(lm: LM, tokens: Tensor, out_dir: Path) -> None:
+    context = context_of(lm, tokens, {"zero": constant(torch.zeros(D_MODEL))})
+    report = evaluate(context, blocks(), dirs(context, out_dir)).reports["zero"]
+    assert strict(out_dir / "zero" / "report.json")["reconstruction"]["cosine"] is None
+    assert report["reconstruction"]["relative_bias"] is None
+    assert [warning.split()[0] for warning in report["warnings"]] == [
+        "reconstruction.cosine",
+        "reconstruction.relative_bias",
+    ]
+
+
+def test_a_dictionary_with_nan_weights_reports_no_number(lm: LM, tokens: Tensor, out_dir: Path) -> None:
+    context = context_of(lm, tokens, {"nan": constant(torch.full((D_MODEL,), math.nan)), "a": autoencoder(0.7)})
+    reports = evaluate(context, blocks(), dirs(context, out_dir)).reports
+    nan = strict(out_dir / "nan" / "report.json")
+    assert nan["reconstruction"]["fvu"] is None
+    assert nan["behaviour"]["ce_rec"] is None
+    assert nan["behaviour"]["ce_recovered_zero"] is None
+    assert nan["behaviour"]["ce_zero"] == reports["a"]["behaviour"]["ce_zero"]
+    assert len(nan["warnings"]) >= 8
+    assert reports["a"]["warnings"] == []
+
+
+def test_without_nan_names_the_place() -> None:
+    section = {"a": [1.0, math.inf], "b": {"c": math.nan, "d": True, "e": "nan", "f": 3}}
+    clean, warnings = without_nan(section, "s")
+    assert clean == {"a": [1.0, None], "b": {"c": None, "d": True, "e": "nan", "f": 3}}
+    assert warnings == ["s.a[1] is null: its value is inf", "s.b.c is null: its value is nan"]
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path: Path) -> None:
+    file = write_report({"a": 1}, tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_report({"a": math.nan}, tmp_path)
+    assert strict(file) == {"a": 1}
+
+
+def test_a_dictionary_of_another_width_is_refused_before_anything_runs(
+    lm: LM, tokens: Tensor, out_dir: Path
+) -> None:
+    sae = Linear(D_MODEL + 1, D_MODEL + 1, 8, ReLU(l1=0.0), reads=("resid_post.1",), writes=("resid_post.1",))
+    context = context_of(lm, tokens, {"wide": sae})
+    with pytest.raises(DictlearnError, match=r"'wide' is 17 wide at resid_post.1, where .* is 16"):
+        evaluate(context, blocks(), dirs(context, out_dir))
+    assert not out_dir.exists()
+
+
+def test_context_without_counted_tokens_is_refused(lm: LM, tokens: Tensor) -> None:
+    with pytest.raises(DictlearnError, match="all are masked"):
+        context_of(lm, tokens, {"a": autoencoder()}, mask=torch.zeros_like(tokens, dtype=torch.bool))
+
+
+def test_table(context: EvaluationContext, out_dir: Path) -> None:
+    results: Results = evaluate(context, {"reconstruction": Reconstruction()}, dirs(context, out_dir))
+    table = report_table(results.reports)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["dictionary"] == ["a", "t"]
+    assert cells["FVU"][0] == f"{results.reports['a']['reconstruction']['fvu']:.4f}"
+    assert cells["latents"] == ["32", "64"]
+    assert cells["delta CE"] == ["-", "-"]  # the block did not run
+    assert len(cells) == 1 + len(COLUMNS)
+
+
+def test_every_column_of_the_table_is_in_the_report(context: EvaluationContext, out_dir: Path) -> None:
+    table = report_table(evaluate(context, blocks(), dirs(context, out_dir)).reports)
+    assert "-" not in [cell for column in table.columns for cell in column.cells]
