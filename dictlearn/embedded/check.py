@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dictlearn.embedded import LM_FOLDER
-from dictlearn.embedded.tasks import COMPARED, TASKS, Prompt, prompts
+from dictlearn.embedded.tasks import COMPARED, Prompt, prompts_of_all
 from dictlearn.embedded.text import Document, documents
 from dictlearn.embedded.tokenizer import BOS, PAD, token_ids
 
@@ -82,11 +82,10 @@ def score(model: PreTrainedModel, batch: Sequence[Prompt], ids: dict[str, int]) 
     return scores
 
 
-def task_score(model: PreTrainedModel, task: str, n: int, seed: int = SEED) -> float:
-    """Mean score over the first `n` held-out prompts of the task."""
-    ids, asked = token_ids(), prompts(task, n, seed)
-    scores = [s for start in range(0, n, BATCH) for s in score(model, asked[start : start + BATCH], ids)]
-    return sum(scores) / n
+def mean_score(model: PreTrainedModel, asked: Sequence[Prompt]) -> float:
+    ids = token_ids()
+    scores = [s for at in range(0, len(asked), BATCH) for s in score(model, asked[at : at + BATCH], ids)]
+    return sum(scores) / len(scores)
 
 
 def check(model: PreTrainedModel, n: int = 500) -> list[Row]:
@@ -98,8 +97,8 @@ def check(model: PreTrainedModel, n: int = 500) -> list[Row]:
         Row("bound of the generator", bound, "", None),
         Row("difference", loss - bound, f"<= {MAX_GAP}", loss - bound <= MAX_GAP),
     ]
-    for task in TASKS:
-        value, limit = task_score(model, task, n), MIN_LATER if task == "greater_than" else MIN_ACCURACY
+    for task, asked in prompts_of_all(n, SEED).items():
+        value, limit = mean_score(model, asked), MIN_LATER if task == "greater_than" else MIN_ACCURACY
         rows.append(Row(task, value, f">= {limit}", value >= limit))
     return rows
 

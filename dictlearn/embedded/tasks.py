@@ -48,3 +48,14 @@ def prompts(task: str, n: int, seed: int) -> list[Prompt]:
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, but must be one of {', '.join(TASKS)}")
     return list(islice((prompt for prompt in all_prompts(seed) if prompt.task == task), n))
+
+
+def prompts_of_all(n: int, seed: int) -> dict[str, list[Prompt]]:
+    """`prompts(task, n, seed)` for every task, in one pass over the documents."""
+    found: dict[str, list[Prompt]] = {task: [] for task in TASKS}
+    for prompt in all_prompts(seed):
+        if len(found[prompt.task]) < n:
+            found[prompt.task].append(prompt)
+        elif min(map(len, found.values())) == n:
+            break
+    return found

@@ -8,18 +8,17 @@ is always the best model, so that is what ships; exits with 1 if it fails the ch
 """
 
 import argparse
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from dictlearn.embedded import LM_FOLDER
@@ -50,23 +49,22 @@ def packed_rows(seed: int) -> Iterator[list[int]]:
             stream = [] if fresh else stream[CONTEXT - 1 :]
 
 
-def _produce(queue: Any, seed: int, n_batches: int, n_rows: int) -> None:
-    rows = packed_rows(seed)
-    for _ in range(n_batches):
-        queue.put(np.array([next(rows) for _ in range(n_rows)], dtype=np.int64))
+class Rows(IterableDataset[torch.Tensor]):
+    """The packed rows of a stream, for one worker process."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(torch.tensor, packed_rows(self.seed))
 
 
-def batches(seed: int, n_batches: int, n_rows: int) -> Iterator[torch.Tensor]:
-    """`n_batches` tensors [n_rows, CONTEXT], made ahead in another process."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue(maxsize=64)
-    worker = context.Process(target=_produce, args=(queue, seed, n_batches, n_rows), daemon=True)
-    worker.start()
-    try:
-        for _ in range(n_batches):
-            yield torch.from_numpy(queue.get())
-    finally:
-        worker.terminate()
+def batches(seed: int, n_batches: int) -> Iterator[torch.Tensor]:
+    """`n_batches` tensors [N_ROWS, CONTEXT], made ahead in another process."""
+    loader = DataLoader(
+        Rows(seed), N_ROWS, num_workers=1, prefetch_factor=64, multiprocessing_context="spawn"
+    )
+    return islice(loader, n_batches)
 
 
 def new_model(seed: int, activation: str = "gelu_new") -> GPT2LMHeadModel:
@@ -148,7 +146,7 @@ def train(folder: Path, n_tokens: int, seed: int) -> bool:
     nn.Module.to(model, device)
     n_steps = max(1, n_tokens // (N_ROWS * (CONTEXT - 1)))
     optimizer, start = Optimizer(model, n_steps), time.monotonic()
-    for step, batch in enumerate(batches(seed, n_steps, N_ROWS), start=1):
+    for step, batch in enumerate(batches(seed, n_steps), start=1):
         ids = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(ids[:, :-1]).logits
@@ -167,7 +165,7 @@ def train(folder: Path, n_tokens: int, seed: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the embedded LM.")
     parser.add_argument("--out", type=Path, default=LM_FOLDER, help="folder to write")
-    parser.add_argument("--tokens", type=int, default=16_000_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="tokens to train on")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the text")
     args = parser.parse_args()
     return 0 if train(args.out, args.tokens, args.seed) else 1
