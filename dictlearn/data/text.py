@@ -78,20 +78,26 @@ class TextData:
         Looks at values and at the beginning of the text; needs no LM or tokenizer.
         """
         found = []
-        for key, least in {"ctx": 2, "lm_batch_rows": 1, "block_rows": 1, "n_slices": 1}.items():
+        for key, least in {
+            "ctx": 2,
+            "lm_batch_rows": 1,
+            "block_rows": 1,
+            "n_slices": 1,
+            "heldout_min_tokens": 0,
+        }.items():
             value = getattr(self, key)
-            if not isinstance(value, int) or value < least:
-                found.append(f"data.{key} is a whole number of at least {least}, not {value!r}")
+            if type(value) is not int or value < least:
+                found.append(f"data.{key} must be a whole number of at least {least}, got {value!r}")
         if not found and n_positions is not None and self.ctx > n_positions:
-            found.append(f"data.ctx is at most the LM's {n_positions} positions, not {self.ctx}")
+            found.append(f"data.ctx must be at most the LM's {n_positions} positions, got {self.ctx}")
         if not isinstance(self.heldout_fraction, float) or not 0 < self.heldout_fraction <= MOST_HELDOUT:
-            found.append(f"data.heldout_fraction is between 0 and {MOST_HELDOUT}, not {self.heldout_fraction!r}")
-        if not isinstance(self.heldout_min_tokens, int) or self.heldout_min_tokens < 0:
-            found.append(f"data.heldout_min_tokens is a whole number, not {self.heldout_min_tokens!r}")
+            found.append(
+                f"data.heldout_fraction must be above 0 and at most {MOST_HELDOUT}, got {self.heldout_fraction!r}"
+            )
         try:
             source = self.source()
             if next(source.documents(source.start, lambda _: True), None) is None:
-                found.append(f"{self.name} holds no text")
+                found.append(f"data.path must hold text, but every document of {self.name} is blank")
         except (DictlearnError, SourceError) as error:
             found.append(str(error))
         return found
@@ -195,30 +201,32 @@ class LocalText(TextData):
         return str(self.path)
 
     def source(self) -> Source:
-        return FileSource(tuple(str(path) for path in text_files(self.path)), self.column)
+        return FileSource(tuple(str(path) for path in text_files(str(self.path or ""))), self.column)
 
 
 def text_files(path: str) -> list[Path]:
     """The text files of a file, a folder or a glob, sorted. Raises DictlearnError unless all have one format."""
     choices = ", ".join(READERS)
     if not path:
-        raise DictlearnError(f"data.path is a file, a folder or a glob of {choices} files; it is empty")
+        raise DictlearnError(f"data.path must be a file, a folder or a glob of {choices} files; it is empty")
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(p for p in place.rglob("*") if p.suffix in READERS and p.is_file())
         if not files:
-            raise DictlearnError(f"data.path: there is no {choices} file in {path}")
+            raise DictlearnError(f"data.path must have files that end in {choices}; there is none in {path}")
     elif place.exists():
         files = [place]
     else:
         files = sorted(p for p in map(Path, glob.glob(str(place), recursive=True)) if p.is_file())  # noqa: PTH207
         if not files:
-            raise DictlearnError(f"data.path: there is no file or folder {path} (from {Path.cwd()})")
+            raise DictlearnError(
+                f"data.path must be a file, a folder or a glob, but there is no {path} (from {Path.cwd()})"
+            )
     suffixes = sorted({p.suffix for p in files})
     if unknown := [s for s in suffixes if s not in READERS]:
-        raise DictlearnError(f"data.path: a text file ends in {choices}, not in {unknown[0]!r} ({path})")
+        raise DictlearnError(f"data.path must have files that end in {choices}, got {unknown[0]!r} ({path})")
     if len(suffixes) > 1:
-        raise DictlearnError(f"data.path: text files are of one format, but {path} has {', '.join(suffixes)}")
+        raise DictlearnError(f"data.path must have files of one format, but {path} has {', '.join(suffixes)}")
     return files
 
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -178,8 +179,9 @@ class _Worker:
         )
         stdin = self.process.stdin
         assert stdin is not None
-        stdin.write(json.dumps(job).encode())
-        stdin.close()
+        with suppress(BrokenPipeError):  # it ended at once: its exit status will tell
+            stdin.write(json.dumps(job).encode())
+            stdin.close()
         self.end = weakref.finalize(self, _end, self.process)
 
     def code(self) -> int | None:

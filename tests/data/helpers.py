@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dictlearn.data.packing import PackingSpec, Writer
+from dictlearn.data.packing import Meta, PackingSpec, Writer, read_meta
+from dictlearn.data.pool import Pool
 from dictlearn.data.stream import ActivationStream, Batch
 from dictlearn.data.tokens import TokenStore
 
@@ -31,10 +33,11 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer(bos_token="<bos>", eos_token="<eos>")
 
 
-def random_documents(n: int, seed: int = 0, longest: int = 60) -> list[str]:
+@cache
+def random_documents(n: int, seed: int = 0, longest: int = 60) -> tuple[str, ...]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest, n)
-    return [" ".join(f"w{i}" for i in rng.integers(0, N_WORDS, length)) for length in lengths]
+    return tuple(" ".join(f"w{i}" for i in rng.integers(0, N_WORDS, length)) for length in lengths)
 
 
 def token_ids(document: str) -> list[int]:
@@ -65,7 +68,9 @@ def brute_force_rows(documents: Sequence[Sequence[int]], ctx: int, bos: int | No
     return rows
 
 
-def unique_store(folder: Path, n_rows: int, ctx: int, masked: Callable[[int], bool] = lambda _: False) -> TokenStore:
+def unique_store(
+    folder: Path, n_rows: int, ctx: int, masked: Callable[[int], bool] = lambda _: False
+) -> TokenStore:
     """A complete store: token (row, position) is 1 + row * ctx + position, but 0 (BOS, not counted) at position 0
     and where `masked(token)`."""
     spec = PackingSpec({}, "train", 0, ctx, BOS, [BOS], "uint32")
@@ -81,7 +86,7 @@ def unique_store(folder: Path, n_rows: int, ctx: int, masked: Callable[[int], bo
 
 
 class Reader:
-    """A stand-in for the LM: at site "a" the token id and its row's first token, at "b" minus the id; counts calls."""
+    """A stand-in for the LM: at site "a" the token id and its row's first one, at "b" minus the id."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -97,6 +102,18 @@ class Reader:
 def make_stream(store: TokenStore, n_tokens: int, **changes: int) -> ActivationStream:
     sizes = {"batch_size": 7, "seed": 3, "lm_batch_rows": 3, "block_rows": 4, "n_slices": 3}
     return ActivationStream(Reader(), store, n_tokens=n_tokens, **{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def pool_of(stream: ActivationStream) -> Pool:
+    assert stream._pool is not None
+    return stream._pool
+
+
+def meta_of(store: TokenStore) -> Meta:
+    """What is on disk now."""
+    meta = read_meta(store.folder)
+    assert meta is not None
+    return meta
 
 
 def same(one: Batch, other: Batch) -> bool:
