@@ -19,8 +19,7 @@ def main(cfg: DictConfig) -> None:
     try:
         results = run_evaluation(cfg, Console())
     except DictlearnError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(str(error))
     if results.errors:
         sys.exit(1)
 

@@ -28,8 +28,7 @@ def main(cfg: DictConfig) -> float:
     try:
         results = train(cfg, hydra_cfg.overrides.task, Console())
     except DictlearnError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(str(error))
     if results.errors:
         sys.exit(1)
     fvus = [report["reconstruction"]["fvu"] for report in results.reports.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,6 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import LM, edit, resolve
 from dictlearn.types import DictlearnError, Site
 
-Policy = Literal["transparent", "frozen_error", "stop"]
 POLICIES = ("transparent", "frozen_error", "stop")
 
 
@@ -41,7 +40,7 @@ class Run:
 def attach(
     lm: LM | PreTrainedModel,
     dictionaries: Dictionary | Mapping[str, Dictionary] | Sequence[Dictionary],
-    policy: Policy = "transparent",
+    policy: str = "transparent",
     positions: Bool[Tensor, "rows ctx"] | None = None,
 ) -> Iterator[Run]:
     """Put dictionaries into a model, errors kept: inside the block its logits are bit-identical to the bare ones.
@@ -88,7 +87,7 @@ def _site_edit(
     site: str,
     writer: tuple[str, Dictionary] | None,
     read: dict[str, Tensor],
-    policy: Policy,
+    policy: str,
     positions: Tensor | None,
 ) -> Callable[[Tensor], Tensor]:
     """What happens to the activation at one site: remembered for readers, then written by its dictionary."""
@@ -106,7 +105,7 @@ def _site_edit(
 
 
 def _splice(
-    run: Run, name: str, dictionary: Dictionary, x: Tensor, act: Tensor, policy: Policy, positions: Tensor | None
+    run: Run, name: str, dictionary: Dictionary, x: Tensor, act: Tensor, policy: str, positions: Tensor | None
 ) -> Tensor:
     """`act`, exactly, with the gradient of the policy."""
     x = x if policy == "frozen_error" else x.detach()

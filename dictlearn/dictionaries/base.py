@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +21,6 @@ from dictlearn.kernels import decode
 from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.types import DictlearnError, Latents, Output, Scalar, SparseLatents, Step
-
-DecoderNorm = Literal["unit", "free"]
 
 
 class Dictionary(nn.Module, ABC):
@@ -49,7 +47,7 @@ class Dictionary(nn.Module, ABC):
         reads: Sequence[str] = ("x",),
         writes: Sequence[str] = ("x",),
         skip: bool = False,
-        decoder_norm: DecoderNorm | None = None,
+        decoder_norm: str | None = None,
     ) -> None:
         super().__init__()
         sparsifier.check(n_latents)
@@ -61,7 +59,7 @@ class Dictionary(nn.Module, ABC):
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.sparsifier = sparsifier
         own_norm = "unit" if self.is_autoencoder and not sparsifier.norm_weighted else "free"
-        self.decoder_norm: DecoderNorm = decoder_norm or own_norm
+        self.decoder_norm = decoder_norm or own_norm
         self.metadata: dict[str, Any] = {}
         self.register_buffer("read_scale", torch.ones(len(self.reads)))
         self.register_buffer("write_scale", torch.ones(len(self.writes)))
@@ -223,7 +221,7 @@ class Dictionary(nn.Module, ABC):
     # -- export --
 
     @torch.no_grad()
-    def for_inference(self) -> Self:
+    def for_inference(self) -> Dictionary:
         """A frozen copy with the scales folded into the weights; the same latents up to a positive factor.
 
         With one write site, latents then come in raw activation units: the write scale moves from the decoder

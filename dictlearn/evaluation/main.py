@@ -77,9 +77,7 @@ def _lm(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> tuple[str, s
     name = _recorded(dictionaries, "lm_name", "lm=...")
     revisions = {d.metadata.get("lm_revision") for d in dictionaries.values()}
     if len(revisions) > 1:
-        raise DictlearnError(
-            f"The dictionaries are of several revisions of {name}: {revisions}; give lm.revision=."
-        )
+        raise DictlearnError(f"The dictionaries are of several revisions of {name}: {revisions}: give lm=...")
     return name, revisions.pop(), None
 
 

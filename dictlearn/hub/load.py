@@ -46,7 +46,7 @@ def save(dictionary: Dictionary, folder: str | Path) -> None:
 
 
 def _expand(ref: str) -> list[Path]:
-    paths = [Path(ref)] if Path(ref).exists() else [Path(path) for path in sorted(glob.glob(ref))]
+    paths = [Path(ref)] if Path(ref).exists() else [Path(path) for path in sorted(glob.glob(ref))]  # noqa: PTH207
     folders: list[Path] = []
     for path in paths:
         if "cfg.json" in _files(path):

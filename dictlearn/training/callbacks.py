@@ -40,21 +40,23 @@ class ProgressDisplay(Callback):
             self.live.start()
             self._show(pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         self.bar.update(self.task, completed=step, speed=_count(pl_module.latest.get("tokens_per_second")))
         if self.console.is_terminal:
             if step % 10 == 0:
                 self._show(pl_module)
-        elif step % max(1, pl_module.n_steps // 10) == 0:
-            self.console.print(_line(pl_module, step))
+        elif pl_module.latest and step % max(1, pl_module.n_steps // 10) == 0:
+            self.console.print(_line(pl_module, step), soft_wrap=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.live.is_started:
             self._show(pl_module)
         self.live.stop()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.live.stop()
 
     def _show(self, module: DictionaryTraining) -> None:
@@ -101,7 +103,7 @@ class RandomState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._restored is not None:
             torch.set_rng_state(self._restored["cpu"])
             if self._restored["cuda"]:

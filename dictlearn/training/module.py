@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from dictlearn.training.learner import Learner
 from dictlearn.training.optimizers import Adam, build_optimizer
 from dictlearn.training.schedules import WarmupDecay
 from dictlearn.training.statistics import WindowMetrics
+from dictlearn.types import DictlearnError
 
 LOG_EVERY = 50  # steps per window: one transfer from the device, one row in metrics.csv
 
@@ -42,7 +44,7 @@ class DictionaryTraining(L.LightningModule):
         self.latest: dict[str, float] = {}
         self._window_start: tuple[int, float] | None = None
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return torch.stack([member.learner.loss(batch) for member in self.members]).sum()
 
     def configure_optimizers(self) -> Any:
@@ -63,7 +65,7 @@ class DictionaryTraining(L.LightningModule):
         for member in self.members:
             member.learner.dictionary.project_()
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A window ends before the next step, not after its last: a checkpoint saved between the two then holds
         # the whole window, and the resumed run ends it here as this one does.
         if self._window_start is None:
@@ -82,6 +84,11 @@ class DictionaryTraining(L.LightningModule):
         now = time.perf_counter()
         self._window_start = (step, now)
         speed = (step - start) * self.batch_size / max(now - since, 1e-9)
+        if bad := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
+            raise DictlearnError(
+                f"Training failed: {', '.join(bad)} not finite in the {LOG_EVERY} steps before step {step}. "
+                f"Checkpoints from before are whole; lower optimizer.lr or set optimizer.clip_norm."
+            )
         self.latest = {**dict(zip(names, values, strict=True)), "tokens_per_second": speed}
         row = {"n_tokens": float(step * self.batch_size), **self.latest}
         for logger in self.loggers:

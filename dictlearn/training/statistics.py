@@ -44,6 +44,7 @@ class TrainingStatistics(nn.Module):
         self.register_buffer("target_sum", torch.zeros(width, dtype=torch.float64))
         self._dead: Int[Tensor, " n_dead"] | None = None
         self._dead_is_current = False
+        self.register_load_state_dict_post_hook(_forget_dead)
 
     @property
     def dead(self) -> Int[Tensor, " n_dead"] | None:
@@ -83,9 +84,9 @@ class TrainingStatistics(nn.Module):
             buffer.zero_()
         return metrics
 
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[arg-type]
-        self._dead_is_current = False
+
+def _forget_dead(statistics: TrainingStatistics, _: object) -> None:
+    statistics._dead_is_current = False
 
 
 def _count_fired_(fired: Int[Tensor, " n_latents"], latents: Latents) -> None:

@@ -1,0 +1,105 @@
+"""Compact operations against dense ones in float64, gradients included."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dictlearn.kernels import decode, encode_top_k
+from dictlearn.types import SparseLatents
+
+
+def problem(n_tokens: int = 33, d_in: int = 7, n_latents: int = 29, d_out: int = 5) -> list[Tensor]:
+    make = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make, dtype=torch.float64)
+
+    latent_major = draw(n_latents, d_in).T  # the layout parameters have
+    return [
+        t.requires_grad_() for t in (draw(n_tokens, d_in), latent_major, draw(n_latents), draw(n_latents, d_out))
+    ]
+
+
+def dense_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
+    """Row by row, by sorting."""
+    pre = x @ W_enc + b_enc
+    rows = []
+    for row in pre:
+        kept = sorted(range(len(row)), key=lambda i, row=row: -row[i].item())[:k]
+        mask = torch.zeros_like(row)
+        mask[kept] = 1.0
+        rows.append((row * mask).clamp(min=0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("k", [1, 4, 29])
+def test_encode_top_k_is_the_dense_rule(k: int) -> None:
+    x, W_enc, b_enc, _ = problem()
+    sparse = encode_top_k(x, W_enc, b_enc, k)
+    assert sparse.n_tokens == len(x)
+    assert torch.equal(sparse.offsets.diff(), torch.full((len(x),), k))
+    torch.testing.assert_close(sparse.to_dense(), dense_top_k(x, W_enc, b_enc, k))
+
+
+@pytest.mark.parametrize("k", [1, 4, 29])
+def test_gradients_equal_those_of_the_dense_rule(k: int) -> None:
+    inputs = problem()
+    x, W_enc, b_enc, W_dec = inputs
+    weights = torch.randn(len(x), W_dec.shape[1], dtype=torch.float64)
+    sparse = (decode(encode_top_k(x, W_enc, b_enc, k), W_dec) * weights).sum()
+    dense = (dense_top_k(x, W_enc, b_enc, k) @ W_dec * weights).sum()
+    for got, expected in zip(torch.autograd.grad(sparse, inputs), torch.autograd.grad(dense, inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_weight_gradients_have_the_layout_of_the_weights() -> None:
+    x, W_enc, b_enc, W_dec = problem()
+    loss = decode(encode_top_k(x, W_enc, b_enc, 3), W_dec).square().sum()
+    grad = torch.autograd.grad(loss, W_enc)[0]
+    assert grad.stride() == W_enc.stride()
+
+
+def test_a_latent_that_fires_on_every_token() -> None:
+    x, W_enc, _, W_dec = problem()
+    b_enc = torch.zeros(29, dtype=torch.float64)
+    b_enc[11] = 100.0
+    b_enc.requires_grad_()
+    sparse = encode_top_k(x, W_enc, b_enc, 2)
+    assert (sparse.to_dense()[:, 11] > 0).all()
+    got = torch.autograd.grad(decode(sparse, W_dec).sum(), b_enc)[0]
+    expected = torch.autograd.grad((dense_top_k(x, W_enc, b_enc, 2) @ W_dec).sum(), b_enc)[0]
+    torch.testing.assert_close(got, expected)
+
+
+def test_empty_batch() -> None:
+    _, W_enc, b_enc, W_dec = problem()
+    out = decode(encode_top_k(torch.zeros(0, 7, dtype=torch.float64), W_enc, b_enc, 3), W_dec)
+    assert out.shape == (0, 5)
+
+
+def test_autocast_proposes_and_float32_decides() -> None:
+    torch.manual_seed(3)
+    x, W_enc, b_enc = torch.randn(512, 64), torch.randn(1024, 64).T / 8, torch.zeros(1024)
+    exact = encode_top_k(x, W_enc, b_enc, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = encode_top_k(x, W_enc, b_enc, 16)
+        plain = (x @ W_enc).topk(16).indices.sort(-1).values  # bfloat16 alone
+    sets = exact.indices.view(512, 16).sort(-1).values
+    assert fast.values.dtype == torch.float32
+    same = (fast.indices.view(512, 16).sort(-1).values == sets).all(-1)
+    assert same.float().mean() >= 0.999
+    assert (plain == sets).all(-1).float().mean() < 0.95  # so the second look is what decides
+    torch.testing.assert_close(fast.to_dense()[same], exact.to_dense()[same])
+
+
+def test_sparse_latents_round_trip() -> None:
+    dense = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, -3.0, 0.0]])
+    sparse = SparseLatents.from_dense(dense)
+    assert sparse.offsets.tolist() == [0, 1, 1, 3]
+    assert torch.equal(sparse.to_dense(), dense)
+
+
+def test_decode_of_tokens_without_latents_is_zero() -> None:
+    sparse = SparseLatents.from_dense(torch.tensor([[0.0, 0.0], [0.0, 3.0]]))
+    W_dec = torch.tensor([[1.0], [2.0]])
+    assert decode(sparse, W_dec).tolist() == [[0.0], [6.0]]

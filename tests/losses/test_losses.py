@@ -1,0 +1,116 @@
+"""Losses against their formulas, written out in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dictlearn.dictionaries.crosscoder import Crosscoder
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.losses.aux_k import AuxK
+from dictlearn.losses.recon import recon_loss
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.types import DictlearnError, Step
+
+DEAD = torch.tensor([1, 4, 9, 15])
+
+
+def step_of(dead: Tensor | None = DEAD, n_tokens: int = 32, scale: float = 1.0) -> Step:
+    torch.manual_seed(2)
+    tiny = Linear.tiny()
+    tiny.read_scale.fill_(1 / scale)
+    tiny.write_scale.fill_(1 / scale)
+    x = scale * torch.randn(n_tokens, 6)
+    return tiny.step(x, x, torch.ones(1), dead)
+
+
+def test_recon_is_the_squared_error_over_the_variance() -> None:
+    torch.manual_seed(0)
+    tiny = Crosscoder.tiny()
+    x, y = torch.randn(10, 2, 6), torch.randn(10, 2, 6)
+    variance = torch.tensor([2.0, 5.0])
+    error = (y - tiny(x).recon).square().sum(-1).mean(0)  # [n_writes]
+    expected = (error / variance).mean()
+    torch.testing.assert_close(recon_loss(tiny.step(x, y, variance)), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_losses_do_not_depend_on_the_activation_scale(scale: float) -> None:
+    step, other = step_of(), step_of(scale=scale)
+    torch.testing.assert_close(recon_loss(step), recon_loss(other))
+    torch.testing.assert_close(AuxK()(step), AuxK()(other))
+
+
+def test_recon_is_the_same_for_a_batch_and_its_copy() -> None:
+    tiny = Linear.tiny()
+    x = torch.randn(8, 6)
+    one, two = (recon_loss(tiny.step(b, b, torch.ones(1))) for b in (x, torch.cat([x, x])))
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 9])
+def test_aux_k_by_hand(k: int) -> None:
+    step = step_of()
+    d = step.dictionary
+    pre = (step.x @ d.W_enc + d.b_enc)[:, DEAD]
+    kept = torch.zeros_like(pre)
+    for row, values in enumerate(pre):
+        for index in values.argsort(descending=True)[:k]:
+            kept[row, index] = values[index].clamp(min=0)
+    recon = kept @ d.W_dec[DEAD]  # no bias
+    residual = step.target - step.recon
+    fvu = (residual - recon).square().sum() / (residual - residual.mean(0)).square().sum()
+    expected = 0.25 * min(1.0, len(DEAD) / k) * fvu
+    torch.testing.assert_close(AuxK(0.25, k)(step), expected)
+
+
+def test_aux_k_trains_dead_latents_alone_in_encoder_and_decoder() -> None:
+    step = step_of()
+    value = AuxK()(step)
+    assert value is not None
+    value.backward()
+    d = step.dictionary
+    alive = torch.ones(16, dtype=torch.bool)
+    alive[DEAD] = False
+    for name, per_latent in {"W_enc": d.W_enc.grad.T, "b_enc": d.b_enc.grad, "W_dec": d.W_dec.grad}.items():
+        assert per_latent[DEAD].any(), f"AuxK does not reach {name}"
+        assert not per_latent[alive].any(), f"AuxK leaks into living latents of {name}"
+    assert d.b_dec.grad is None  # the residual is detached, and the bias is counted in it already
+
+
+def test_aux_k_descends_on_the_encoder() -> None:
+    """A step along the encoder's gradient lowers the term: the gradient is the gradient."""
+    step = step_of()
+    d, term = step.dictionary, AuxK()
+    before = term(step)
+    (grad,) = torch.autograd.grad(before, d.W_enc)
+    with torch.no_grad():
+        d.W_enc -= 0.05 * grad
+    assert term(Step(d, step.x, step.target, step.recon.detach(), step.latents, step.variance, DEAD)) < before
+
+
+def test_aux_k_without_dead_latents_costs_nothing() -> None:
+    assert AuxK()(step_of(dead=None)) is None
+
+
+def test_aux_k_refuses_wrong_values() -> None:
+    with pytest.raises(DictlearnError, match="k >= 1, got"):
+        AuxK(k=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("copies", [1, 4])
+def test_l1_is_norm_weighted_and_free_of_batch_size_and_scale(scale: float, copies: int) -> None:
+    torch.manual_seed(0)
+    made = Linear(6, 6, 16, ReLU(0.5))
+    made.initialise_(torch.Generator().manual_seed(0), torch.zeros(1, 6), torch.zeros(1, 6))
+    made.W_dec.data.mul_(torch.linspace(0.2, 3.0, 16).unsqueeze(-1))
+    x = torch.randn(8, 6)
+    by_hand = 0.5 * sum(
+        (x @ made.W_enc + made.b_enc).clamp(min=0)[:, i].mean() * made.W_dec[i].norm() for i in range(16)
+    )
+    variance = torch.tensor([4.0])
+    made.read_scale.fill_(1 / scale)
+    made.write_scale.fill_(1 / scale)
+    batch = scale * x.repeat(copies, 1)
+    penalty = made.sparsifier.penalty(made.step(batch, batch, variance))
+    torch.testing.assert_close(penalty, by_hand / 2.0)
