@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from dictlearn.lm import lm_config, load_lm, skeleton
+from dictlearn.lm import lm_config, load_lm, resolve, skeleton, widths
 from dictlearn.types import DictlearnError
 from tests.tiny_lms import CONFIGS
 
@@ -46,6 +46,12 @@ def test_dtypes(folder):
     lm = load_lm(str(folder("llama")), dtype="bfloat16")
     assert lm.dtype == "bfloat16"
     assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16}
+
+
+def test_the_embedded_lm():
+    lm = load_lm("embedded")
+    assert (lm.name, lm.revision, lm.model.config.model_type, lm.d_model) == ("embedded", None, "gpt2", 128)
+    assert widths(lm.model, [resolve(lm.model, "resid_post.2")]) == {"resid_post.2": 128}
 
 
 def test_the_embedded_lm_is_a_folder_of_the_package(folder, monkeypatch, tmp_path):
