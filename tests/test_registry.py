@@ -18,7 +18,7 @@ def test_lookup_returns_the_class_a_file_defines_not_one_it_imports() -> None:
 
 
 def test_unknown_kind_lists_choices_and_the_nearest() -> None:
-    with pytest.raises(DictlearnError, match="relu, top_k.*Did you mean 'top_k'"):
+    with pytest.raises(DictlearnError, match=r"relu, top_k.*Did you mean 'top_k'"):
         lookup("dictlearn.sparsifiers", "topk")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from dictlearn.training.statistics import TrainingStatistics
 from dictlearn.types import Scalar, Step
 
 
+@runtime_checkable
 class LossTerm(Protocol):
     """A shared loss term: its coefficient included; None when it does not apply to this step."""
 

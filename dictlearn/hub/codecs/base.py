@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.types import FormatError
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Reads and writes one on-disk format. Files are data: nothing in them names code to run."""
 
