@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dictlearn.attach import attach
+    from dictlearn.splice import attach
     from dictlearn.hub import load
 
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __all__ = ["__version__", "attach", "load"]
 def __getattr__(name: str) -> Any:
     """Import the public doors on first use: `import dictlearn` alone does not import torch."""
     if name == "attach":
-        from dictlearn.attach import attach
+        from dictlearn.splice import attach
 
         return attach
     if name == "load":

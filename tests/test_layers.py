@@ -21,7 +21,7 @@ LAYER = {
     "dictionaries": 2,
     "data": 2,
     "hub": 3,
-    "attach": 3,
+    "splice": 3,
     "evaluation": 4,
     "training": 5,
 }

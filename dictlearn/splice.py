@@ -31,7 +31,7 @@ class Run:
         self.recon: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
 
-    def __call__(self, input_ids: Tensor, **arguments: Any) -> Any:
+    def __call__(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
         """The model's own forward: `run(input_ids).logits`."""
         return self.model(input_ids, **arguments)
 

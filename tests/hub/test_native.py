@@ -1,0 +1,192 @@
+"""The native format against SAELens' v6 rules, written out here, and against damaged files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dictlearn
+from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.crosscoder import Crosscoder
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub import find, save
+from dictlearn.sparsifiers import Sparsifier
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import DictlearnError, FormatError
+
+SITES = {True: (["resid_post.2"], ["resid_post.2"]), False: (["mlp_in.2"], ["mlp_out.2"])}
+
+
+def made(sparsifier: Sparsifier, autoencoder: bool = True, skip: bool = False) -> Dictionary:
+    reads, writes = SITES[autoencoder]
+    dictionary = Linear(6, 6 if autoencoder else 5, 16, sparsifier, reads, writes, skip=skip)
+    for parameter in dictionary.parameters():
+        parameter.data.normal_()
+    dictionary.read_scale.fill_(0.5)
+    dictionary.write_scale.fill_(0.25)
+    dictionary.metadata = {"lm_name": "embedded", "ctx": 128, "data": {"kind": "EmbeddedText", "seed": 1}}
+    return dictionary.for_inference()
+
+
+CASES: dict[str, Any] = {
+    "topk": lambda: made(TopK(4)),
+    "standard": lambda: made(ReLU(0.1)),
+    "transcoder": lambda: made(ReLU(0.1), autoencoder=False),
+    "skip_transcoder": lambda: made(ReLU(0.1), autoencoder=False, skip=True),
+    "dictlearn_linear": lambda: made(TopK(4), autoencoder=False, skip=True),
+    "dictlearn_crosscoder": lambda: Crosscoder.tiny().for_inference(),
+}
+
+
+def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and reconstruction by the rules of SAELens v6 inference, in float64."""
+    cfg = json.loads((folder / "cfg.json").read_text())
+    w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
+    x = x.double()
+    assert cfg["normalize_activations"] == "none"
+    pre = (x - cfg["apply_b_dec_to_input"] * w["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ w["W_enc"] + w["b_enc"]
+    norms = w["W_dec"].norm(dim=-1)
+    if cfg["architecture"] == "topk":
+        pre = pre * norms if cfg["rescale_acts_by_decoder_norm"] else pre
+        values, indices = pre.topk(cfg["k"], dim=-1)
+        latents = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+    else:
+        latents = pre.relu()
+    coded = latents / norms if cfg.get("rescale_acts_by_decoder_norm") else latents
+    recon = coded @ w["W_dec"] + w["b_dec"]
+    return latents, recon + (x @ w["W_skip"].T if "W_skip" in w else 0)
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_round_trip(tmp_path: Path, architecture: str) -> None:
+    dictionary = CASES[architecture]()
+    save(dictionary, tmp_path)
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == architecture
+    for name, parameter in dictionary.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+    assert (loaded.reads, loaded.writes, loaded.metadata) == (dictionary.reads, dictionary.writes, dictionary.metadata)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    x = torch.randn(7, *([2, 6] if loaded.site_axis else [6]))
+    assert torch.equal(loaded(x).recon, dictionary(x).recon)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard", "transcoder", "skip_transcoder"])
+def test_sae_lens_reads_the_same_function(tmp_path: Path, architecture: str) -> None:
+    dictionary = CASES[architecture]()
+    save(dictionary, tmp_path)
+    x = torch.randn(50, 6)
+    latents, recon = sae_lens_rule(tmp_path, x)
+    torch.testing.assert_close(dictionary.encode(x).double(), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dictionary(x).recon.double(), recon, rtol=1e-5, atol=1e-5)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert {"d_in", "d_sae", "dtype", "metadata"} <= set(cfg)
+    assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"
+    hook = "blocks.2.hook_resid_post" if dictionary.is_autoencoder else "blocks.2.mlp.hook_in"
+    assert cfg["metadata"]["hook_name"] == hook
+
+
+def foreign(folder: Path, **changes: Any) -> None:
+    """A file as SAELens writes it, without anything of ours."""
+    cfg = {"architecture": "topk", "d_in": 6, "d_sae": 16, "k": 4, "dtype": "float32", "apply_b_dec_to_input": True}
+    cfg |= {"normalize_activations": "none", "rescale_acts_by_decoder_norm": True}
+    cfg["metadata"] = {"sae_lens_version": "6.18.0", "hook_name": "blocks.7.hook_mlp_out", "model_name": "gpt2"}
+    (folder / "cfg.json").write_text(json.dumps(cfg | changes))
+    shapes = {"W_enc": (6, 16), "b_enc": (16,), "W_dec": (16, 6), "b_dec": (6,)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, folder / "sae_weights.safetensors")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_files_of_sae_lens_are_read_by_its_rule(tmp_path: Path, bias: bool, rescale: bool) -> None:
+    foreign(tmp_path, apply_b_dec_to_input=bias, rescale_acts_by_decoder_norm=rescale)
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    x = torch.randn(40, 6)
+    latents, recon = sae_lens_rule(tmp_path, x)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x).recon.double(), recon, rtol=1e-4, atol=1e-4)
+    assert loaded.reads == loaded.writes == ("mlp_out.7",)
+
+
+def change_cfg(folder: Path, **changes: Any) -> None:
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | changes))
+
+
+def change_weights(folder: Path, **changes: Tensor | None) -> None:
+    path = folder / "sae_weights.safetensors"
+    tensors = {**load_file(path), **changes}
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "truncated": (lambda f: (f / "sae_weights.safetensors").write_bytes(b"\x08" * 40), "not a whole safetensors"),
+    "not json": (lambda f: (f / "cfg.json").write_text("{"), "not valid JSON"),
+    "a list": (lambda f: (f / "cfg.json").write_text("[]"), "must hold a JSON object, found list"),
+    "wrong shape": (lambda f: change_weights(f, b_enc=torch.zeros(3)), r"b_enc must have shape \[16\], found \[3\]"),
+    "extra key": (lambda f: change_weights(f, evil=torch.zeros(1)), r"unexpected \['evil'\]"),
+    "missing key": (lambda f: change_weights(f, b_dec=None), r"missing \['b_dec'\]"),
+    "nan": (lambda f: change_weights(f, b_dec=torch.full((6,), float("nan"))), "b_dec has values that are not finite"),
+    "architecture": (lambda f: change_cfg(f, architecture="moe"), "architecture must be one of .*got 'moe'"),
+    "normalised": (lambda f: change_cfg(f, normalize_activations="layer_norm"), "must be 'none'"),
+    "no width": (lambda f: change_cfg(f, d_in=None), "missing or wrong field"),
+    "k too large": (lambda f: change_cfg(f, k=17), "at most n_latents"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused_by_name(tmp_path: Path, damage: str) -> None:
+    foreign(tmp_path)
+    act, message = DAMAGE[damage]
+    act(tmp_path)
+    with pytest.raises(FormatError, match=message):
+        dictlearn.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["base", "../../types", "os"])
+def test_a_file_cannot_name_code(tmp_path: Path, kind: str) -> None:
+    save(CASES["topk"](), tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg["metadata"]["dictlearn"]["kind"] = kind
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(FormatError, match="has no kind"):
+        dictlearn.load(tmp_path)
+
+
+def test_only_inference_dictionaries_are_written(tmp_path: Path) -> None:
+    tiny = Linear.tiny()
+    tiny.read_scale.fill_(2.0)
+    with pytest.raises(DictlearnError, match="for_inference"):
+        save(tiny, tmp_path)
+
+
+def test_run_folders_globs_and_lists(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        for name in ("resid_post.2", "mlp_out.2"):
+            save(CASES["topk"](), tmp_path / run / "dictionaries" / name)
+    loaded = dictlearn.load(tmp_path / "one")
+    assert isinstance(loaded, dict)
+    assert sorted(loaded) == ["mlp_out.2", "resid_post.2"]
+    assert sorted(find(str(tmp_path / "*"))) == [
+        "one_mlp_out.2",
+        "one_resid_post.2",
+        "two_mlp_out.2",
+        "two_resid_post.2",
+    ]
+    listed = [tmp_path / "one/dictionaries/mlp_out.2", tmp_path / "two/dictionaries/resid_post.2"]
+    assert list(find(listed)) == ["mlp_out.2", "resid_post.2"]
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    with pytest.raises(DictlearnError, match="holds no dictionary"):
+        dictlearn.load(tmp_path / "nowhere")
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(FormatError, match="matches none of"):
+        dictlearn.load(tmp_path)
