@@ -69,7 +69,7 @@ def batches(seed: int, n_batches: int) -> Iterator[torch.Tensor]:
     return islice(loader, n_batches)
 
 
-def new_model(seed: int, activation: str = "gelu_new") -> GPT2LMHeadModel:
+def new_model(seed: int) -> GPT2LMHeadModel:
     """GPT-2 with 4 layers of 128 dimensions: 0.9 M parameters."""
     torch.manual_seed(seed)
     ids = token_ids()
@@ -79,7 +79,7 @@ def new_model(seed: int, activation: str = "gelu_new") -> GPT2LMHeadModel:
         n_embd=128,
         n_layer=4,
         n_head=4,
-        activation_function=activation,
+        activation_function="gelu_pytorch_tanh",  # the same function as gelu_new, in one operation
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -142,7 +142,7 @@ def report(model: PreTrainedModel, folder: Path) -> bool:
 def train(folder: Path, n_tokens: int, seed: int) -> bool:
     """Train on `n_tokens` tokens of the stream `seed`; whether the LM left in `folder` passes the checks."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = new_model(seed, "gelu_pytorch_tanh")  # the same function as gelu_new, in one operation
+    model = new_model(seed)
     model.set_attn_implementation("eager")  # faster than SDPA at this size: 24 k against 17 k tokens/s
     torch.set_flush_denormal(True)
     nn.Module.to(model, device)
