@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from dictlearn.evaluation.context import EvaluationContext
 from dictlearn.registry import kind_of
 
 SCHEMA_VERSION = 1
+NUMBERS = re.compile(r"\[\n[\d\s.,eE+-]*\]")  # a list of numbers in indented JSON: goes on one line
 PACKAGES = ("torch", "transformers", "torchmetrics")
 
 
@@ -124,6 +126,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "report.json"
     partial = folder / f".report.json.{os.getpid()}"
-    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(report, indent=2, allow_nan=False)
+    partial.write_text(NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
     partial.replace(file)
     return file

@@ -1,4 +1,8 @@
-"""What a change inside the LM does to its predictions, accumulated per prediction, in nats."""
+"""What a change inside the LM does to its predictions, accumulated per prediction, in nats.
+
+Log-probabilities in float32 at least, from log-softmax and never as the log of a softmax, so that they are finite
+for any finite logits; sums in float64.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 Logits = Float[Tensor, "n_predictions vocab"]
@@ -33,17 +36,26 @@ class CrossEntropy(_MeanPerPrediction):
     """Mean of -log softmax(logits)[next token]."""
 
     def update(self, logits: Logits, next_tokens: Int[Tensor, " n_predictions"]) -> None:
-        self.total = self.total + F.cross_entropy(logits.double(), next_tokens, reduction="sum")
+        log_p = _log_softmax(logits).gather(-1, next_tokens.unsqueeze(-1))  # [n_predictions, 1]
+        self.total = self.total - log_p.sum(dtype=torch.float64)
         self.n_predictions = self.n_predictions + len(next_tokens)
 
 
 class KLDivergence(_MeanPerPrediction):
     """Mean of KL(clean || patched) = sum p (log p - log q), p from `clean`, q from `patched` logits.
 
-    From log-softmax, never the log of a softmax: finite for any finite logits.
+    Summed as p (log p - log q) + q - p, which is the same since p and q sum to 1, but whose terms are not negative
+    and to which a rounded normaliser adds nothing in first order.
     """
 
     def update(self, clean: Logits, patched: Logits) -> None:
-        log_p, log_q = clean.double().log_softmax(-1), patched.double().log_softmax(-1)
-        self.total = self.total + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        log_p, log_q = _log_softmax(clean), _log_softmax(patched)
+        p = log_p.exp()
+        terms = p * (log_p - log_q) + log_q.exp() - p  # [n_predictions, vocab]
+        per_prediction = terms.sum(-1).clamp(min=0)  # below zero only by rounding
+        self.total = self.total + per_prediction.sum(dtype=torch.float64)
         self.n_predictions = self.n_predictions + len(clean)
+
+
+def _log_softmax(logits: Logits) -> Logits:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -174,6 +174,13 @@ def test_without_nan_names_the_place() -> None:
     assert warnings == ["s.a[1] is null: its value is inf", "s.b.c is null: its value is nan"]
 
 
+def test_lists_of_numbers_are_one_line(tmp_path: Path) -> None:
+    report = {"a": {"b": [1, -2.5, 1e-7], "c": ["x [1,\n 2]", None], "d": []}, "e": [[1, 2], [3]]}
+    file = write_report(report, tmp_path)
+    assert strict(file) == report
+    assert "[ 1, -2.5, 1e-07 ]" in file.read_text()
+
+
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path) -> None:
     file = write_report({"a": 1}, tmp_path)
     with pytest.raises(ValueError, match="JSON compliant"):
