@@ -39,6 +39,8 @@ def value_problems(cfg: DictConfig) -> list[str]:
         problems.append(f"trainer.devices must be 1: training on several devices is not supported, got {devices!r}")
     if not cfg.get("dictionaries"):
         problems.append("dictionaries is empty: choose experiment=default or experiment=single")
+    elif any(node.site is None for node in cfg.dictionaries.values()):
+        problems.append("site is required: give site=..., such as resid_post.2, or mlp.2 for a transcoder")
     return problems
 
 

@@ -7,7 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("dictlearn", "beartype.beartype")
+import tests.typecheck  # noqa: F401  (so that the hook finds it by name)
+
+install_import_hook("dictlearn", "tests.typecheck.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

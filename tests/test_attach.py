@@ -37,7 +37,11 @@ def logits(lm: LM) -> Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_logits_are_bit_identical(lm: LM, policy: str) -> None:
-    several = [dictionary(lm), dictionary(lm, "mlp_in.2", "mlp_out.2", skip=True), dictionary(lm, "attn_out.0", "attn_out.0")]
+    several = [
+        dictionary(lm),
+        dictionary(lm, "mlp_in.2", "mlp_out.2", skip=True),
+        dictionary(lm, "attn_out.0", "attn_out.0"),
+    ]
     with dictlearn.attach(lm, several, policy=policy) as run:
         assert torch.equal(run(IDS).logits, logits(lm))
     assert sorted(run.latents) == ["attn_out.0", "mlp_out.2", "resid_post.1"]

@@ -20,6 +20,7 @@ from dictlearn.training.module import Member
 from dictlearn.types import DictlearnError, Site
 
 MOST_DEAD_AFTER = 10_000_000  # tokens
+RESIDUAL_WIDE = {"embed", "resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out"}
 
 
 class Entry(NamedTuple):
@@ -72,6 +73,9 @@ def _sites(model: PreTrainedModel, key: str, node: DictConfig) -> tuple[Site, Si
             f"dictionaries.{key}: a sparse autoencoder reads and writes one site, but {node.site} reads "
             f"{read.name} and writes {write.name}: use one of them, or dictionary=transcoder"
         )
+    n_latents = node.expansion * model.config.get_text_config().hidden_size
+    if read.name.split(".")[0] in RESIDUAL_WIDE:  # of other sites the width is known once the LM runs
+        build(node.module.sparsifier).check(n_latents)
     return read, write
 
 

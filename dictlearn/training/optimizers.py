@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Adam:
 
     lr: float | None
     lr_factor: float
-    betas: tuple[float, float]
+    betas: Sequence[float]
     eps: float
     clip_norm: float | None
 

@@ -1,0 +1,116 @@
+"""Every yaml composes and instantiates; what is wrong is said at once and whole."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from dictlearn.config import ConfigError
+from dictlearn.training.build import preflight
+from dictlearn.types import DictlearnError
+from tests.runs import ROOT, command, composed
+
+GROUPS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+NEEDS = {
+    "experiment/single.yaml": ["site=resid_post.1"],
+    "lm/hf.yaml": ["lm.name=gpt2"],
+    "data/local.yaml": ["data.path=text.txt"],
+    "logger/wandb.yaml": ["logger.wandb.offline=true"],
+}
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=str)
+def test_every_yaml_composes_and_instantiates(path: Path, tmp_path: Path) -> None:
+    group, choice = path.parent.name, path.stem
+    overrides = [f"{group}={choice}", f"run_dir={tmp_path}", *NEEDS.get(str(path), [])]
+    if group == "dictionary":
+        overrides += ["experiment=single", "site=resid_post.1"]
+    cfg = composed("train", overrides)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if group == "lm":
+        return  # real ones need the Hub; the embedded one is loaded by every other test
+    if group == "trainer":
+        node = {**cfg.trainer, "accelerator": "cpu"}  # this machine may have no GPU
+        assert isinstance(instantiate(node, logger=False), L.Trainer)
+    elif group != "experiment":
+        instantiate(cfg[group])
+
+
+def test_evaluate_yaml_composes() -> None:
+    cfg = composed("evaluate", ["load=x", "out=y", "lm=embedded", "data=embedded"])
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(DictlearnError) as error:
+        preflight(composed("train", overrides), overrides)
+    return str(error.value)
+
+
+WRONG = [
+    (["n_tokens=0"], "n_tokens must be a whole number of at least 1, got 0"),
+    (["n_tokens=many"], "n_tokens must be a whole number"),
+    (["expansion=1.5"], "expansion must be a whole number"),
+    (["seed=-1"], "seed must be a whole number of at least 0"),
+    (["normalise=unit"], "normalise must be one of mean_norm, none"),
+    (["trainer.devices=2"], "training on several devices is not supported"),
+    (["sparsifier.k=0"], "sparsifier.k must be at least 1, got 0"),
+    (["sparsifier.k=2000"], "sparsifier.k must be at most n_latents = 1024, got 2000"),
+    (["site=resid_post.1"], "site has no effect on this experiment.*add experiment=single"),
+    (["dictionary=transcoder"], "dictionary has no effect on this experiment"),
+    (["experiment=single"], "site is required"),
+    (["experiment=single", "site=resid_post.9"], "resid_post.9"),
+    (["experiment=single", "site=resid_pots.1"], "resid_post"),
+    (["experiment=single", "site=mlp.2"], "reads mlp_in.2 and writes mlp_out.2"),
+    (["experiment=single", "site=resid_post.1", "dictionary=transcoder"], "needs a site that reads and writes"),
+    (["data=local", "data.path=nowhere.txt"], "nowhere.txt"),
+    (["data=local"], "data.path is required"),
+    (["data.ctx=4096"], "128 positions"),
+    (["lm=hf", "lm.name=/nowhere"], "/nowhere"),
+    (["optimizer.lr=-1"], "must be positive"),
+    (["schedule.decay=2"], r"decay in \[0, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_each_mistake_has_its_message(overrides: list[str], message: str) -> None:
+    import re
+
+    assert re.search(message, problems(*overrides))
+
+
+def test_all_problems_come_in_one_list() -> None:
+    with pytest.raises(ConfigError) as error:
+        preflight(composed("train", ["n_tokens=0", "expansion=0", "normalise=x"]), [])
+    assert len(error.value.problems) == 3
+    with pytest.raises(ConfigError) as error:
+        preflight(composed("train", ["sparsifier.k=0", "data.ctx=4096", "schedule.decay=2"]), [])
+    assert len(error.value.problems) == 3  # said once, not once per dictionary
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert "is not empty: choose another one, or resume=" in problems(f"run_dir={tmp_path}")
+
+
+def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
+    from dictlearn.training.run import resumed
+
+    with pytest.raises(DictlearnError, match="has none"):
+        resumed(str(tmp_path), [])
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(DictlearnError, match="no checkpoint yet"):
+        resumed(str(tmp_path), [])
+    with pytest.raises(DictlearnError, match="leave out seed=1"):
+        resumed(str(tmp_path), [f"resume={tmp_path}", "seed=1"])
+
+
+def test_the_command_says_it_without_a_traceback(tmp_path: Path) -> None:
+    process = command("train.py", "n_tokens=0", "expansion=0", f"run_dir={tmp_path / 'run'}")
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "2 problem(s)" in out
+    assert "Traceback" not in out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,222 @@
+"""The training door, from configuration to run folder."""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import dictlearn
+from dictlearn.dictionaries import Dictionary
+from dictlearn.evaluation.run import Results
+from tests.runs import SMALL, command, run_train, weight_hashes
+
+NAMES = ["attn_out.2", "mlp_out.2", "resid_post.2"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "default"
+
+
+@pytest.fixture(scope="module")
+def results(run_dir: Path) -> Results:
+    return run_train(run_dir)
+
+
+@pytest.mark.usefixtures("results")
+def test_the_run_folder(run_dir: Path) -> None:
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "dictionaries",
+        "metrics.csv",
+        "plots",
+    ]
+    assert [path.suffix for path in (run_dir / "checkpoints").iterdir()] == [".ckpt"]
+    assert sorted(path.name for path in (run_dir / "dictionaries").iterdir()) == NAMES
+    for name in NAMES:
+        files = sorted(path.name for path in (run_dir / "dictionaries" / name).iterdir())
+        assert files == ["cfg.json", "report.json", "sae_weights.safetensors"]
+    stems = {"training", *(f"{name}_{kind}" for name in NAMES for kind in ("density", "l0"))}
+    assert {path.name for path in (run_dir / "plots").iterdir()} == {
+        f"{s}{e}" for s in stems for e in (".png", ".csv")
+    }
+    for png in (run_dir / "plots").glob("*.png"):
+        assert min(Image.open(png).size) > 200
+
+
+def test_reports_have_every_block_and_finite_numbers(results: Results, run_dir: Path) -> None:
+    assert not results.errors
+    fields = {
+        "sparsity": {"l0", "n_dead", "frac_dead"},
+        "reconstruction": {"fvu", "fve", "mse_per_token", "mse_per_dim", "cosine", "relative_bias"},
+        "behaviour": {
+            "ce_clean",
+            "ce_rec",
+            "ce_zero",
+            "ce_mean",
+            "delta_ce",
+            "ce_recovered_zero",
+            "ce_recovered_mean",
+            "kl_rec",
+        },
+    }
+    for name in NAMES:
+        report = json.loads((run_dir / "dictionaries" / name / "report.json").read_text())
+        assert {"dictionary", "lm", "data", "compute", *fields} <= set(report)
+        for block, keys in fields.items():
+            assert keys <= set(report[block])
+            numbers = [value for value in report[block].values() if isinstance(value, int | float)]
+            assert all(math.isfinite(value) for value in numbers)
+        assert report["sparsity"]["l0"]["mean"] <= 4
+        assert 0 < report["reconstruction"]["fvu"] < 1
+
+
+@pytest.mark.usefixtures("results")
+def test_the_log_has_every_window(run_dir: Path) -> None:
+    table = pd.read_csv(run_dir / "metrics.csv")
+    assert table.n_tokens.tolist() == [10_240]  # 40 steps of 256: fewer than one window of 50
+    for name in NAMES:
+        assert table[[f"{name}/{key}" for key in ("loss", "fvu", "l0", "frac_dead")]].notna().all(axis=None)
+
+
+@pytest.mark.usefixtures("results")
+def test_what_was_trained_loads(run_dir: Path) -> None:
+    loaded = dictlearn.load(run_dir)
+    assert isinstance(loaded, dict)
+    assert {name: (d.reads, d.writes) for name, d in loaded.items()} == {
+        "attn_out.2": (("attn_out.2",), ("attn_out.2",)),
+        "mlp_out.2": (("mlp_in.2",), ("mlp_out.2",)),
+        "resid_post.2": (("resid_post.2",), ("resid_post.2",)),
+    }
+    assert all(d.n_latents == 256 for d in loaded.values())
+    assert all(d.metadata["lm_name"] == "embedded" for d in loaded.values())
+
+
+@pytest.mark.usefixtures("results")
+def test_same_seed_same_weights(run_dir: Path, tmp_path: Path) -> None:
+    run_train(tmp_path / "again")
+    run_train(tmp_path / "other", "seed=1")
+    assert weight_hashes(tmp_path / "again") == weight_hashes(run_dir)
+    assert not set(weight_hashes(tmp_path / "other").values()) & set(weight_hashes(run_dir).values())
+
+
+KNOBS: list[tuple[list[str], Any]] = [
+    (["site=attn_z.1"], lambda d: d.reads == ("attn_z.1",)),
+    (["site=transformer.h.1.ln_2:in"], lambda d: d.writes == ("transformer.h.1.ln_2:in",)),
+    (["site=mlp.1", "dictionary=transcoder"], lambda d: (d.reads, d.writes) == (("mlp_in.1",), ("mlp_out.1",))),
+    (["site=mlp.1", "dictionary=transcoder", "dictionary.module.skip=true"], lambda d: d.W_skip is not None),
+    (["site=resid_pre.1", "sparsifier=relu", "sparsifier.l1=0.5"], lambda d: d.sparsifier.l1 == 0.5),
+    (["site=resid_pre.1", "sparsifier.k=7"], lambda d: d.sparsifier.k == 7),
+    (["site=resid_pre.1", "expansion=3"], lambda d: d.n_latents == 384),
+    (["site=mlp_hidden.1", "expansion=1"], lambda d: d.n_latents == 512),
+]
+
+
+@pytest.mark.parametrize(("overrides", "holds"), KNOBS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_single_experiment_builds_what_was_asked(tmp_path: Path, overrides: list[str], holds: Any) -> None:
+    run_train(tmp_path / "run", "experiment=single", "n_tokens=1_000", "~evaluation.blocks.behaviour", *overrides)
+    (dictionary,) = dictlearn.load(tmp_path / "run").values()  # type: ignore[union-attr]
+    assert isinstance(dictionary, Dictionary)
+    assert holds(dictionary)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "normalise=none",
+        "optimizer.lr=1e-4",
+        "optimizer.lr_factor=0.5",
+        "optimizer.clip_norm=0.001",
+        "schedule.warmup_steps=0",
+        "schedule.decay=1.0",
+        "batch_size=128",
+        "data.ctx=64",
+        "data.seed=7",
+        "data.n_slices=2",
+        "objective=plain",
+        "dead_after_tokens=300",
+        "dictionary.module.decoder_norm=free",
+    ],
+)
+def test_every_knob_changes_the_weights(tmp_path: Path, override: str) -> None:
+    base = ["experiment=single", "site=resid_post.1", "n_tokens=20_000", "~evaluation.blocks.behaviour"]
+    base += ["dead_after_tokens=600"] if override == "objective=plain" else []  # or AuxK has nothing to do
+    run_train(tmp_path / "base", *base)
+    run_train(tmp_path / "changed", *base, override)
+    assert weight_hashes(tmp_path / "base") != weight_hashes(tmp_path / "changed")
+
+
+def test_local_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    words = ["the", "big", "cat", "saw", "a", "small", "dog"]
+    text.write_text("\n".join(" ".join(words[(i * j) % 7] for j in range(1, 60)) for i in range(400)))
+    run_train(tmp_path / "run", "experiment=single", "site=resid_post.1", "data=local", f"data.path={text}")
+    (dictionary,) = dictlearn.load(tmp_path / "run").values()  # type: ignore[union-attr]
+    assert dictionary.metadata["data"]["path"] == str(text)
+
+
+def kill_after_checkpoint(run_dir: Path, process: Any, step: int) -> None:
+    """SIGKILL as soon as a checkpoint of at least `step` is there."""
+    for _ in range(6_000):
+        found = [int(path.stem.split("-")[1]) for path in (run_dir / "checkpoints").glob("step-*.ckpt")]
+        if found and max(found) >= step:
+            process.send_signal(signal.SIGKILL)
+            break
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.wait()
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    overrides = [o for o in SMALL if not o.startswith("n_tokens")] + ["n_tokens=120_000", "dead_after_tokens=2_000"]
+    whole = command("train.py", *overrides, f"run_dir={tmp_path / 'whole'}")
+    assert whole.wait() == 0, whole.communicate()[0]
+    cut = command("train.py", *overrides, f"run_dir={tmp_path / 'cut'}")
+    kill_after_checkpoint(tmp_path / "cut", cut, step=140)
+    assert cut.returncode == -signal.SIGKILL, cut.communicate()[0]
+    assert not (tmp_path / "cut/dictionaries").exists()
+    moved = tmp_path / "moved"
+    os.rename(tmp_path / "cut", moved)  # a run folder may move
+    resumed = command("train.py", f"resume={moved}")
+    out, _ = resumed.communicate()
+    assert resumed.returncode == 0, out
+    assert weight_hashes(moved) == weight_hashes(tmp_path / "whole")
+    steps = [pd.read_csv(folder / "metrics.csv").step.tolist() for folder in (moved, tmp_path / "whole")]
+    assert steps[0] == steps[1]
+
+
+def test_a_sweep_writes_into_its_own_folders(tmp_path: Path) -> None:
+    arguments = [*SMALL, "n_tokens=1_000", "experiment=single", "site=resid_post.1", "sparsifier.k=2,4", "-m"]
+    arguments.remove("sparsifier.k=4")
+    arguments.remove("n_tokens=10_000")
+    process = command("train.py", *arguments, "run_dir=sweep", "name=s", cwd=tmp_path)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert len(folders) == 2
+    assert all(
+        set(folder.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+        for folder in folders
+    )
+    k = [d.sparsifier.k for folder in folders for d in dictlearn.load(folder).values()]  # type: ignore[union-attr]
+    assert k == [2, 4]
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    run_train(
+        tmp_path / "run", "experiment=single", "site=resid_post.1", "logger=wandb", "logger.wandb.offline=true"
+    )
+    (logged,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    (stored,) = logged.glob("*.wandb")
+    assert b"resid_post.1/fvu" in stored.read_bytes()
+    assert (tmp_path / "run" / "metrics.csv").exists()
