@@ -14,7 +14,7 @@ from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.evaluation import behaviour as behaviour_module
 from dictlearn.evaluation import context as context_module
 from dictlearn.evaluation.behaviour import Behaviour
-from dictlearn.lm.load import LM
+from dictlearn.lm.load import LM, load_lm
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.types import DictlearnError
 from tests.evaluation.conftest import (
@@ -238,6 +238,17 @@ def test_an_ablation_that_helps_is_pointed_out(lm: LM, tokens: Tensor) -> None:
     expected = (got["ce_zero"] - got["ce_rec"]) / (got["ce_zero"] - got["ce_clean"])
     assert got["ce_recovered_zero"] == pytest.approx(expected)
     assert any("ce_recovered_zero: zero ablation lowers the loss" in w for w in sections["warnings"])
+
+
+def test_a_bfloat16_lm(lm: LM, tokens: Tensor) -> None:
+    """The dictionary computes in float32; its reconstruction is rounded to what the LM holds."""
+    half = load_lm(lm.name, dtype="bfloat16")
+    got = run(half, tokens, autoencoder())
+    assert got["kl_rec"] == 0
+    assert got["delta_ce"] == 0
+    assert got["kl_zero"] > 0.01
+    zero = run(half, tokens, constant(torch.zeros(D_MODEL)))
+    assert zero["ce_recovered_zero"] == 0
 
 
 def test_nothing_to_predict_is_an_error(lm: LM, tokens: Tensor) -> None:
