@@ -14,10 +14,12 @@ from dictlearn.types import DictlearnError
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Exit code 1 when something could not be computed; the reports keep the rest."""
-    from dictlearn.evaluation.main import run_evaluation
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.status("Starting"):
+        from dictlearn.evaluation.main import run_evaluation
 
     try:
-        results = run_evaluation(cfg, Console())
+        results = run_evaluation(cfg, console)
     except DictlearnError as error:
         sys.exit(str(error))
     if results.errors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -18,15 +17,16 @@ from dictlearn.types import DictlearnError
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float:
     """Returns the mean FVU of the run's dictionaries, which a sweeper minimises."""
-    from dictlearn.training.run import train
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.status("Starting"):
+        from dictlearn.training.run import train
 
     hydra_cfg = HydraConfig.get()
     cfg.run_dir = cfg.run_dir  # `now` becomes a fixed time
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        overrides = re.sub(r"[^A-Za-z0-9_.-]+", "-", hydra_cfg.job.override_dirname)
-        cfg.run_dir = str(Path(cfg.run_dir) / f"{hydra_cfg.job.num}_{overrides}"[:120])
+        cfg.run_dir = str(Path(cfg.run_dir) / str(hydra_cfg.job.num))
     try:
-        results = train(cfg, hydra_cfg.overrides.task, Console())
+        results = train(cfg, hydra_cfg.overrides.task, console)
     except DictlearnError as error:
         sys.exit(str(error))
     if results.errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,7 +85,8 @@ class EvaluationContext:
     def batches(self, description: str, n_rows: int | None = None) -> Iterator[RowBatch]:
         """The first `n_rows` rows (None: all) on the LM's device, with a progress bar."""
         tokens, mask = self.tokens[:n_rows], self.mask[:n_rows]
-        with tqdm(total=len(tokens), desc=description, unit="row") as bar:
+        every = 0.1 if sys.stderr.isatty() else 10.0  # seconds
+        with tqdm(total=len(tokens), desc=description, unit="row", mininterval=every) as bar:
             for rows in zip(tokens.split(self.batch_rows), mask.split(self.batch_rows), strict=True):
                 yield RowBatch(*(part.to(self.lm.device) for part in rows))
                 bar.update(len(rows[0]))

@@ -72,7 +72,7 @@ def _recorded(dictionaries: Mapping[str, Dictionary], key: str, ask: str) -> Any
 
 
 def _lm(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> tuple[str, str | None, str | None]:
-    if cfg.lm is not None:
+    if cfg.get("lm") is not None:
         return cfg.lm.name, cfg.lm.revision, cfg.lm.dtype
     name = _recorded(dictionaries, "lm_name", "lm=...")
     revisions = {d.metadata.get("lm_revision") for d in dictionaries.values()}
@@ -83,7 +83,7 @@ def _lm(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> tuple[str, s
 
 def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> TextData:
     """The text of `cfg.data`, or the recorded one: a known class and its plain values, never a free `_target_`."""
-    if cfg.data is not None:
+    if cfg.get("data") is not None:
         return build(cfg.data)
     recorded = dict(_recorded(dictionaries, "data", "data=..."))
     kind = recorded.pop("kind", None)

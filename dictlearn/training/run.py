@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -60,12 +61,22 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Result
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        _close(trainer)
     if module.global_step < n_steps:
         raise DictlearnError(f"Stopped at step {module.global_step} of {n_steps}; go on with resume={run_dir}")
     plot_training(run_dir / "metrics.csv", run_dir / "plots")
     dictionaries = _save(cfg, lm, data.text, members, run_dir / "dictionaries")
     return _evaluate(cfg, data, dictionaries, run_dir, console)
+
+
+def _close(trainer: L.Trainer) -> None:
+    """End the W&B run: the next one of a sweep, in this process, is another."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def resumed(folder: str, overrides: Sequence[str]) -> tuple[DictConfig, str]:
