@@ -1,0 +1,63 @@
+"""FVU of PCA with as many components as a dictionary has active latents: `python benchmarks/pca.py RUN_DIR`.
+
+The components are fitted on training text and judged on the held-out text of the run, as the dictionaries are.
+Prints, per dictionary, its FVU, PCA's at the same L0 and their ratio, and writes benchmarks/results/pca.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from sklearn.decomposition import PCA
+
+from dictlearn.config import build
+from dictlearn.data import ActivationData
+from dictlearn.lm import load_lm, resolve
+
+RESULTS = Path(__file__).parent / "results"
+N_TOKENS = 200_000  # to fit on, and to judge on
+
+
+def rows_of_acts(data: ActivationData, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, np.ndarray]:
+    """Counted activations by site, `[n_tokens, d]` float64."""
+    parts: dict[str, list[torch.Tensor]] = {site.name: [] for site in data.sites}
+    for rows, counted in zip(tokens.split(32), mask.split(32), strict=True):
+        for site, acts in data.read(rows).items():
+            parts[site].append(acts[counted].double())
+    return {site: torch.cat(found).numpy() for site, found in parts.items()}
+
+
+def fvu_of_pca(train: np.ndarray, heldout: np.ndarray, n_components: int) -> float:
+    pca = PCA(n_components, svd_solver="covariance_eigh").fit(train)
+    residual = heldout - pca.inverse_transform(pca.transform(heldout))
+    return float((residual**2).sum() / ((heldout - heldout.mean(0)) ** 2).sum())
+
+
+def main(run_dir: Path) -> None:
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    reports = [json.loads(path.read_text()) for path in sorted(run_dir.glob("dictionaries/*/report.json"))]
+    lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype)
+    sites = [resolve(lm.model, name) for name in dict.fromkeys(r["dictionary"]["writes"][0] for r in reports)]
+    data = ActivationData(build(cfg.data), lm, sites, cfg.batch_size, cfg.n_tokens)
+    tokens = data.store.rows(0, data.store.wait_counted(N_TOKENS))
+    fitted_on = rows_of_acts(data, tokens, data.store.mask(tokens))
+    heldout = data.heldout(N_TOKENS)
+    judged_on = rows_of_acts(data, heldout.tokens, heldout.mask)
+    table = {}
+    for report in reports:
+        site, l0 = report["dictionary"]["writes"][0], round(report["sparsity"]["l0"]["mean"])
+        pca, ours = fvu_of_pca(fitted_on[site], judged_on[site], l0), report["reconstruction"]["fvu"]
+        table[report["dictionary"]["name"]] = {"components": l0, "fvu": ours, "fvu_pca": pca, "ratio": ours / pca}
+        print(f"{report['dictionary']['name']:>14}  FVU {ours:.4f}  PCA({l0}) {pca:.4f}  ratio {ours / pca:.3f}")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "pca.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
