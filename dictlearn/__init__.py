@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dictlearn.splice import attach
     from dictlearn.hub import load
+    from dictlearn.splice import attach
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "attach", "load"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -84,7 +83,7 @@ def test_the_log_has_every_window(run_dir: Path) -> None:
     table = pd.read_csv(run_dir / "metrics.csv")
     assert table.n_tokens.tolist() == [10_240]  # 40 steps of 256: fewer than one window of 50
     for name in NAMES:
-        assert table[[f"{name}/{key}" for key in ("loss", "fvu", "l0", "frac_dead")]].notna().all(axis=None)
+        assert table[[f"{name}/{key}" for key in ("loss", "fvu", "l0", "frac_dead")]].notna().to_numpy().all()
 
 
 @pytest.mark.usefixtures("results")
@@ -186,7 +185,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert cut.returncode == -signal.SIGKILL, cut.communicate()[0]
     assert not (tmp_path / "cut/dictionaries").exists()
     moved = tmp_path / "moved"
-    os.rename(tmp_path / "cut", moved)  # a run folder may move
+    (tmp_path / "cut").rename(moved)  # a run folder may move
     resumed = command("train.py", f"resume={moved}")
     out, _ = resumed.communicate()
     assert resumed.returncode == 0, out

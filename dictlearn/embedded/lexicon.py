@@ -120,16 +120,14 @@ TOPICS = (
     _topic(
         "gardener florist neighbor",
         "green leafy tall blooming thorny",
-        "rose: thorny blooming; tulip: blooming; tree: tall leafy; seed: green; fence: tall; "
-        "weed: green leafy",
+        "rose: thorny blooming; tulip: blooming; tree: tall leafy; seed: green; fence: tall; weed: green leafy",
         "plant: tree seed; water: tulip rose; pick: rose; paint: fence",
         "meadow greenhouse",
     ),
     _topic(
         "soldier general knight",
         "sharp heavy burning royal iron",
-        "sword: sharp iron; shield: heavy iron; tower: burning royal; bridge: burning; "
-        "cannon: heavy; flag: royal",
+        "sword: sharp iron; shield: heavy iron; tower: burning royal; bridge: burning; cannon: heavy; flag: royal",
         "defend: tower bridge; sharpen: sword; lift: shield flag; load: cannon",
         "castle fortress",
     ),
@@ -144,8 +142,7 @@ TOPICS = (
     _topic(
         "singer drummer violinist",
         "loud soft gentle cheerful sad",
-        "song: sad cheerful; drum: loud; tune: gentle cheerful; guitar: soft; piano: loud soft; "
-        "concert: loud",
+        "song: sad cheerful; drum: loud; tune: gentle cheerful; guitar: soft; piano: loud soft; concert: loud",
         "play: guitar piano drum; perform: song; record: tune song; enjoy: concert",
         "theater studio",
     ),

@@ -63,9 +63,7 @@ class Rows(IterableDataset[torch.Tensor]):
 
 def batches(seed: int, n_batches: int) -> Iterator[torch.Tensor]:
     """`n_batches` tensors [N_ROWS, CONTEXT], made ahead in another process."""
-    loader = DataLoader(
-        Rows(seed), N_ROWS, num_workers=1, prefetch_factor=64, multiprocessing_context="spawn"
-    )
+    loader = DataLoader(Rows(seed), N_ROWS, num_workers=1, prefetch_factor=64, multiprocessing_context="spawn")
     return islice(loader, n_batches)
 
 

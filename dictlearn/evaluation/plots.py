@@ -73,7 +73,8 @@ def plot_training(metrics_csv: Path, folder: Path) -> Path | None:
             ax.plot(line.n_tokens, line.value, label=str(name))
         ax.set_xlabel("tokens")
         ax.set_title(metric, fontsize="small")
-        if (table.value[table.metric == metric] > 0).all():
+        values = table.value[table.metric == metric]
+        if values.min() > 0 and values.max() > 3 * values.min():
             ax.set_yscale("log")
     axes[0].legend(fontsize="x-small")
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,7 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Result
         OmegaConf.save(cfg, run_dir / CONFIG)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 calling torch 2.13
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # it does on resume
     L.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing changes on a CPU
     lm, data, members = _load(cfg, console)
@@ -60,6 +61,7 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Result
         max_steps=n_steps,
         max_epochs=-1,
         enable_progress_bar=False,
+        log_every_n_steps=1,  # nothing is logged through Lightning, which warns of short runs
         enable_model_summary=False,
         default_root_dir=run_dir,
     )

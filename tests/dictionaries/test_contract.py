@@ -144,7 +144,7 @@ def test_projection_holds_the_constraint_and_gradients_respect_it() -> None:
     assert tiny.W_dec.grad is not None
     torch.testing.assert_close((tiny.W_dec.grad * tiny.W_dec).sum(-1), torch.zeros(16), atol=1e-6, rtol=0)
     with torch.no_grad():
-        tiny.W_dec -= 0.5 * tiny.W_dec.grad
+        tiny.W_dec.sub_(0.5 * tiny.W_dec.grad)
     tiny.project_()
     torch.testing.assert_close(tiny.W_dec.norm(dim=-1), torch.ones(16))
 

@@ -40,9 +40,7 @@ DIGEST = (
 def test_text_is_the_same_in_another_process() -> None:
     here = hashlib.sha256(repr([document(7, index) for index in range(50)]).encode()).hexdigest()
     env = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)}
-    there = subprocess.run(
-        [sys.executable, "-c", DIGEST], env=env, capture_output=True, text=True, check=True
-    )
+    there = subprocess.run([sys.executable, "-c", DIGEST], env=env, capture_output=True, text=True, check=True)
     assert there.stdout.strip() == here
 
 
@@ -160,7 +158,5 @@ def test_probability_of_the_end(writers: list[Writer]) -> None:
     """After the fourth sentence a document ends with P_END, unless it has to."""
     chosen = [w for w in writers if w.pending != 0]
     assert {round(math.exp(w.pending), 9) for w in chosen} == {P_END}
-    n_choices = sum(len(w.kinds) - 3 for w in chosen) + sum(
-        len(w.kinds) - 4 for w in writers if w.pending == 0
-    )
+    n_choices = sum(len(w.kinds) - 3 for w in chosen) + sum(len(w.kinds) - 4 for w in writers if w.pending == 0)
     assert abs(len(chosen) - P_END * n_choices) < 5 * math.sqrt(n_choices * P_END)

@@ -49,7 +49,9 @@ def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
     x = x.double()
     assert cfg["normalize_activations"] == "none"
-    pre = (x - cfg["apply_b_dec_to_input"] * w["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ w["W_enc"] + w["b_enc"]
+    pre = (x - cfg["apply_b_dec_to_input"] * w["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ w["W_enc"] + w[
+        "b_enc"
+    ]
     norms = w["W_dec"].norm(dim=-1)
     if cfg["architecture"] == "topk":
         pre = pre * norms if cfg["rescale_acts_by_decoder_norm"] else pre
@@ -71,7 +73,11 @@ def test_round_trip(tmp_path: Path, architecture: str) -> None:
     assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == architecture
     for name, parameter in dictionary.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name))
-    assert (loaded.reads, loaded.writes, loaded.metadata) == (dictionary.reads, dictionary.writes, dictionary.metadata)
+    assert (loaded.reads, loaded.writes, loaded.metadata) == (
+        dictionary.reads,
+        dictionary.writes,
+        dictionary.metadata,
+    )
     assert not any(p.requires_grad for p in loaded.parameters())
     x = torch.randn(7, *([2, 6] if loaded.site_axis else [6]))
     assert torch.equal(loaded(x).recon, dictionary(x).recon)
@@ -130,10 +136,16 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "truncated": (lambda f: (f / "sae_weights.safetensors").write_bytes(b"\x08" * 40), "not a whole safetensors"),
     "not json": (lambda f: (f / "cfg.json").write_text("{"), "not valid JSON"),
     "a list": (lambda f: (f / "cfg.json").write_text("[]"), "must hold a JSON object, found list"),
-    "wrong shape": (lambda f: change_weights(f, b_enc=torch.zeros(3)), r"b_enc must have shape \[16\], found \[3\]"),
+    "wrong shape": (
+        lambda f: change_weights(f, b_enc=torch.zeros(3)),
+        r"b_enc must have shape \[16\], found \[3\]",
+    ),
     "extra key": (lambda f: change_weights(f, evil=torch.zeros(1)), r"unexpected \['evil'\]"),
     "missing key": (lambda f: change_weights(f, b_dec=None), r"missing \['b_dec'\]"),
-    "nan": (lambda f: change_weights(f, b_dec=torch.full((6,), float("nan"))), "b_dec has values that are not finite"),
+    "nan": (
+        lambda f: change_weights(f, b_dec=torch.full((6,), float("nan"))),
+        "b_dec has values that are not finite",
+    ),
     "architecture": (lambda f: change_cfg(f, architecture="moe"), "architecture must be one of .*got 'moe'"),
     "normalised": (lambda f: change_cfg(f, normalize_activations="layer_norm"), "must be 'none'"),
     "no width": (lambda f: change_cfg(f, d_in=None), "missing or wrong field"),

@@ -71,6 +71,7 @@ def test_aux_k_trains_dead_latents_alone_in_encoder_and_decoder() -> None:
     d = step.dictionary
     alive = torch.ones(16, dtype=torch.bool)
     alive[DEAD] = False
+    assert d.W_enc.grad is not None
     for name, per_latent in {"W_enc": d.W_enc.grad.T, "b_enc": d.b_enc.grad, "W_dec": d.W_dec.grad}.items():
         assert per_latent[DEAD].any(), f"AuxK does not reach {name}"
         assert not per_latent[alive].any(), f"AuxK leaks into living latents of {name}"
@@ -82,10 +83,13 @@ def test_aux_k_descends_on_the_encoder() -> None:
     step = step_of()
     d, term = step.dictionary, AuxK()
     before = term(step)
+    assert before is not None
     (grad,) = torch.autograd.grad(before, d.W_enc)
     with torch.no_grad():
         d.W_enc -= 0.05 * grad
-    assert term(Step(d, step.x, step.target, step.recon.detach(), step.latents, step.variance, DEAD)) < before
+    after = term(Step(d, step.x, step.target, step.recon.detach(), step.latents, step.variance, DEAD))
+    assert after is not None
+    assert after < before
 
 
 def test_aux_k_without_dead_latents_costs_nothing() -> None:

@@ -71,7 +71,9 @@ class Stop(L.Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.step:
             raise KeyError("killed")
 
@@ -104,7 +106,9 @@ def test_training_that_diverges_is_stopped() -> None:
 # -- the reference: dense, written from the papers, sharing nothing with the package but the data and the start --
 
 
-def reference_run(start: dict[str, Tensor], n_steps: int, scale: float, variance: float, k: int) -> dict[str, Tensor]:
+def reference_run(
+    start: dict[str, Tensor], n_steps: int, scale: float, variance: float, k: int
+) -> dict[str, Tensor]:
     """A dense TopK autoencoder with AuxK (Gao et al. 2024): all matrices full, dead latents judged every step."""
     p = {name: start[name].clone().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     mean = {name: torch.zeros_like(value) for name, value in p.items()}

@@ -15,7 +15,9 @@ def test_warms_up_stays_and_decays() -> None:
 
 def test_warm_up_is_at_most_a_twentieth_of_the_run() -> None:
     schedule = WarmupDecay(warmup_steps=1000, decay=0.0)
-    assert [schedule.factor(step, 100) for step in range(6)] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert [schedule.factor(step, 100) for step in range(6)] == pytest.approx(
+        [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1]
+    )
     assert schedule.factor(99, 100) == 1.0
 
 
