@@ -86,7 +86,7 @@ def test_aux_k_descends_on_the_encoder() -> None:
     assert before is not None
     (grad,) = torch.autograd.grad(before, d.W_enc)
     with torch.no_grad():
-        d.W_enc -= 0.05 * grad
+        d.W_enc.sub_(0.05 * grad)
     after = term(Step(d, step.x, step.target, step.recon.detach(), step.latents, step.variance, DEAD))
     assert after is not None
     assert after < before
