@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
+from dictlearn.evaluation import EvaluationContext
 from dictlearn.types import DictlearnError
 from tests.runs import command, run_evaluate, run_train
 
@@ -56,20 +56,23 @@ def test_another_lm_and_text(run_dir: Path, tmp_path: Path) -> None:
     assert other == pytest.approx(trained_on, rel=0.3)
 
 
+class FailingBlock:
+    """An evaluation block that cannot do its work."""
+
+    def run(self, context: EvaluationContext) -> dict[str, Any]:
+        raise RuntimeError("no such luck")
+
+
 def test_the_command_keeps_what_it_could_compute(run_dir: Path, tmp_path: Path) -> None:
-    broken = "+evaluation.blocks.broken._target_=dictlearn.evaluation.reconstruction.Reconstruction"
-    process = command(
-        "evaluate.py",
-        f"load={run_dir}/dictionaries/attn_out.2",
-        f"out={tmp_path}",
-        *SMALL,
-        "evaluation.batch_rows=0",
-    )
+    failing = "+evaluation.blocks.failing._target_=tests.test_evaluate.FailingBlock"
+    process = command("evaluate.py", f"load={run_dir}/dictionaries/attn_out.2", f"out={tmp_path}", *SMALL, failing)
     out, _ = process.communicate()
-    assert process.returncode == 1
-    assert "batch_rows" in out
-    assert "Traceback" not in out
-    assert broken
+    assert process.returncode == 1, out
+    assert "failing: RuntimeError: no such luck" in out
+    report = json.loads((tmp_path / "attn_out.2" / "report.json").read_text())
+    assert report["errors"] == ["failing: RuntimeError: no such luck"]
+    assert 0 < report["reconstruction"]["fvu"] < 1
+    assert report["behaviour"]["ce_rec"] > 0
 
 
 def refused(*overrides: str) -> str:
@@ -107,4 +110,3 @@ def test_a_dictionary_of_another_width_is_refused(run_dir: Path, tmp_path: Path)
     cfg["metadata"]["dictlearn"] |= {"d_in": 64, "d_out": 64}
     (dictionary / "cfg.json").write_text(json.dumps(cfg))
     assert "64 wide" in refused(f"load={dictionary}", f"out={tmp_path / 'x'}", *SMALL)
-    assert torch.is_tensor(weights["W_enc"])

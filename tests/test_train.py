@@ -9,12 +9,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
 from PIL import Image
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.run import Results
-from tests.runs import SMALL, command, run_train, weight_hashes
+from tests.runs import ROOT, SMALL, command, run_train, weight_hashes
 
 NAMES = ["attn_out.2", "mlp_out.2", "resid_post.2"]
 
@@ -215,3 +218,17 @@ def test_wandb_offline(tmp_path: Path) -> None:
     (stored,) = logged.glob("*.wandb")
     assert b"resid_post.1/fvu" in stored.read_bytes()
     assert (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_a_sweeper_is_given_the_mean_fvu(tmp_path: Path) -> None:
+    import train
+
+    overrides = [*SMALL, f"run_dir={tmp_path / 'run'}", "hydra.job.num=0", "hydra.job.id=0"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg.hydra
+    returned = train.main.__wrapped__(cfg)
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("dictionaries/*/report.json")]
+    assert returned == pytest.approx(sum(r["reconstruction"]["fvu"] for r in reports) / 3)

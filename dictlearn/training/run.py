@@ -50,7 +50,8 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Result
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 calling torch 2.13
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # it does on resume
     L.seed_everything(cfg.seed, verbose=False)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing changes on a CPU
+    if cfg.trainer.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32
     lm, data, members = _load(cfg, console)
     n_steps = len(data.train_dataloader())
     module = DictionaryTraining(members, n_steps, cfg.batch_size)

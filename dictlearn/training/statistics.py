@@ -59,10 +59,10 @@ class TrainingStatistics(nn.Module):
     def update(self, step: Step, loss: Scalar) -> None:
         """Add one step; `loss` is its total loss."""
         _count_fired_(self.fired, step.latents)
-        n_tokens = torch.tensor(float(len(step.x)), dtype=torch.float64)
+        n_tokens = len(step.x)
         error = (step.target - step.recon).square().sum()
-        parts = [loss * len(step.x), n_tokens.to(error.device), error, step.target.square().sum()]
-        self.sums += torch.stack([part.double() for part in parts])
+        parts = [loss * n_tokens, loss.new_full((), n_tokens), error, step.target.square().sum()]
+        self.sums += torch.stack(parts)
         self.target_sum += step.target.sum(0)
 
     @torch.no_grad()
