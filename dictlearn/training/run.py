@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.status import Status
 
 from dictlearn.config import build
 from dictlearn.data import ActivationData, TextData
@@ -37,25 +38,47 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Result
 
     Raises DictlearnError before anything is loaded or written if the configuration does not work.
     """
-    checkpoint = None
-    if cfg.resume is not None:
-        cfg, checkpoint = resumed(cfg.resume, overrides)
-    else:
-        preflight(cfg, overrides)
-    run_dir = Path(cfg.run_dir)
-    if checkpoint is None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, run_dir / CONFIG)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 calling torch 2.13
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # it does on resume
+    with console.status("Checking the configuration"):
+        cfg, checkpoint = resumed(cfg.resume, overrides) if cfg.resume else (_started(cfg, overrides), None)
+    _quieten()
     L.seed_everything(cfg.seed, verbose=False)
     if cfg.trainer.accelerator == "gpu":
         torch.set_float32_matmul_precision("high")  # TF32
-    lm, data, members = _load(cfg, console)
-    n_steps = len(data.train_dataloader())
-    module = DictionaryTraining(members, n_steps, cfg.batch_size)
-    trainer: L.Trainer = build(
+    run_dir = Path(cfg.run_dir)
+    with console.status("") as status:
+        lm, data, members = _load(cfg, status)
+        n_steps = len(data.train_dataloader())
+        module = DictionaryTraining(members, n_steps, cfg.batch_size)
+        trainer = _trainer(cfg, n_steps, console)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        _close(trainer)
+    if module.global_step < n_steps:
+        raise DictlearnError(f"Stopped at step {module.global_step} of {n_steps}; go on with resume={run_dir}")
+    plot_training(run_dir / "metrics.csv", run_dir / "plots")
+    dictionaries = _save(cfg, lm, data.text, members, run_dir / "dictionaries")
+    return _evaluate(cfg, data, dictionaries, run_dir, console)
+
+
+def _started(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Check the configuration of a new run, then write it into its folder."""
+    preflight(cfg, overrides)
+    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
+    return cfg
+
+
+def _quieten() -> None:
+    """Lightning's notes that are not for the user of a run."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 calling torch 2.13
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # it does on resume
+
+
+def _trainer(cfg: DictConfig, n_steps: int, console: Console) -> L.Trainer:
+    run_dir = Path(cfg.run_dir)
+    return build(
         cfg.trainer,
         logger=list(build(cfg.logger).values()),
         callbacks=[ProgressDisplay(console), RandomState(), periodic_checkpoint(run_dir / "checkpoints", n_steps)],
@@ -66,15 +89,6 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Result
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    finally:
-        _close(trainer)
-    if module.global_step < n_steps:
-        raise DictlearnError(f"Stopped at step {module.global_step} of {n_steps}; go on with resume={run_dir}")
-    plot_training(run_dir / "metrics.csv", run_dir / "plots")
-    dictionaries = _save(cfg, lm, data.text, members, run_dir / "dictionaries")
-    return _evaluate(cfg, data, dictionaries, run_dir, console)
 
 
 def _close(trainer: L.Trainer) -> None:
@@ -103,14 +117,14 @@ def resumed(folder: str, overrides: Sequence[str]) -> tuple[DictConfig, str]:
     return cfg, str(checkpoints[-1])
 
 
-def _load(cfg: DictConfig, console: Console) -> tuple[LM, ActivationData, list[Member]]:
+def _load(cfg: DictConfig, status: Status) -> tuple[LM, ActivationData, list[Member]]:
     device = "cuda" if cfg.trainer.accelerator == "gpu" else "cpu"
-    with console.status(f"Loading {cfg.lm.name}"):
-        lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
+    status.update(f"Loading {cfg.lm.name}")
+    lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
     found = entries(cfg, lm.model)
     data = ActivationData(build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed)
-    with console.status("Measuring the activations"):
-        statistics = data.statistics(cfg.statistics_n_tokens)
+    status.update("Measuring the activations")
+    statistics = data.statistics(cfg.statistics_n_tokens)
     return lm, data, build_members(cfg, found, lm, statistics)
 
 
