@@ -40,7 +40,9 @@ def test_every_yaml_composes_and_instantiates(path: Path, tmp_path: Path) -> Non
 
 def test_evaluate_yaml_composes() -> None:
     cfg = composed("evaluate", ["load=x", "out=y", "lm=embedded", "data=embedded"])
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    assert {"lm", "data", "evaluation", "load", "out", "n_tokens"} <= set(resolved)
 
 
 def problems(*overrides: str) -> str:

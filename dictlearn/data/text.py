@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 @dataclass
-class TextData:
+class TextData(ABC):
     """Text, how it is packed into rows, and how activations of it are shuffled.
 
     Subclasses say where the text comes from. `ctx` is tokens per row. Held-out are the documents chosen by
@@ -64,13 +64,13 @@ class TextData:
     cache_dir: str | None = None
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What the text is, for messages and reports."""
-        raise NotImplementedError
 
+    @abstractmethod
     def source(self) -> Source:
         """Raises DictlearnError when there is no such text."""
-        raise NotImplementedError
 
     def problems(self, n_positions: int | None = None) -> list[str]:
         """What is wrong with this configuration, one sentence each; `n_positions` is the LM's longest context.
