@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
