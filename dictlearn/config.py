@@ -26,7 +26,7 @@ class ConfigError(DictlearnError):
 
 def value_problems(cfg: DictConfig) -> list[str]:
     """What is wrong with the plain values of a training configuration, one sentence each."""
-    problems = [f"{key} is required: give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
+    problems = [f"{key} is required: give {key}=<value>" for key in sorted(OmegaConf.missing_keys(cfg))]
     for key, least in AT_LEAST.items():
         if not _is_count(cfg[key], least):
             problems.append(f"{key} must be a whole number of at least {least}, got {cfg[key]!r}")

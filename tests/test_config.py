@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from dictlearn.config import ConfigError
-from dictlearn.training.build import preflight
+from dictlearn.training.build import dead_after, preflight
 from dictlearn.types import DictlearnError
 from tests.runs import ROOT, command, composed
 
@@ -69,6 +69,7 @@ WRONG = [
     (["experiment=single", "site=resid_post.1", "dictionary=transcoder"], "needs a site that reads and writes"),
     (["data=local", "data.path=nowhere.txt"], "nowhere.txt"),
     (["data=local"], "data.path is required"),
+    (["lm=hf"], "lm.name is required"),
     (["data.ctx=4096"], "128 positions"),
     (["lm=hf", "lm.name=/nowhere"], "/nowhere"),
     (["optimizer.lr=-1"], "must be positive"),
@@ -116,3 +117,16 @@ def test_the_command_says_it_without_a_traceback(tmp_path: Path) -> None:
     assert "2 problem(s)" in out
     assert "Traceback" not in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        (["n_tokens=2_000_000"], 200_000),
+        (["n_tokens=500_000_000"], 10_000_000),
+        (["n_tokens=5"], 1),
+        (["n_tokens=2_000_000", "dead_after_tokens=77"], 77),
+    ],
+)
+def test_dead_after_a_tenth_of_the_run_at_most_ten_million(overrides: list[str], tokens: int) -> None:
+    assert dead_after(composed("train", overrides)) == tokens

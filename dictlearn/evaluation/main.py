@@ -31,7 +31,7 @@ def run_evaluation(cfg: DictConfig, console: Console) -> Results:
     if something is missing or does not fit.
     """
     if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError(f"{key} is required: give {key}=..." for key in missing)
+        raise ConfigError(f"{key} is required: give {key}=<value>" for key in missing)
     refs = cfg.load if isinstance(cfg.load, str) else list(cfg.load)
     folders = find(refs)
     dictionaries = {name: _one(folder) for name, folder in folders.items()}
@@ -89,7 +89,7 @@ def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> TextData:
     kind = recorded.pop("kind", None)
     if kind not in TEXTS:
         raise DictlearnError(f"The recorded text must be one of {', '.join(TEXTS)}, got {kind!r}: give data=....")
-    known = {field.name for field in fields(TEXTS[kind])}
+    known = {field.name for field in fields(TEXTS[kind])} - {"cache_dir"}  # where to write is not a file's to say
     return TEXTS[kind](**{key: value for key, value in recorded.items() if key in known})
 
 

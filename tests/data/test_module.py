@@ -111,3 +111,20 @@ def test_heldout_rows_are_not_trained_on(data):
     heldout = made.heldout(300)
     assert heldout.info["n_tokens"] >= 300
     assert isinstance(made.lm, LM)
+
+
+def test_the_seed_orders_the_batches_and_nothing_else_does(data):
+    def tokens(seed):
+        return torch.cat([batch.tokens for batch in data(seed=seed).train_dataloader()])
+
+    assert torch.equal(tokens(1), tokens(1))
+    assert not torch.equal(tokens(1), tokens(2))
+
+
+def test_training_and_held_out_rows_share_no_document(data):
+    made = data()
+    trained = {tuple(row) for row in made.store.rows(0, made.store.wait(10**9)).tolist()}
+    heldout = made.heldout(200).tokens
+    assert len(heldout) > 0
+    words = {tuple(row[start : start + 6]) for row in trained for start in range(1, 10)}
+    assert not words & {tuple(row[start : start + 6]) for row in heldout.tolist() for start in range(1, 10)}

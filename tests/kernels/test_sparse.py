@@ -79,14 +79,15 @@ def test_empty_batch() -> None:
 
 def test_autocast_proposes_and_float32_decides() -> None:
     torch.manual_seed(3)
-    x, W_enc, b_enc = torch.randn(512, 64), torch.randn(1024, 64).T / 8, torch.zeros(1024)
+    n_tokens = 2_500  # more than two chunks of the exact evaluation
+    x, W_enc, b_enc = torch.randn(n_tokens, 64), torch.randn(1024, 64).T / 8, torch.randn(1024)
     exact = encode_top_k(x, W_enc, b_enc, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fast = encode_top_k(x, W_enc, b_enc, 16)
-        plain = (x @ W_enc).topk(16).indices.sort(-1).values  # bfloat16 alone
-    sets = exact.indices.view(512, 16).sort(-1).values
+        plain = (x @ W_enc + b_enc).topk(16).indices.sort(-1).values  # bfloat16 alone
+    sets = exact.indices.view(n_tokens, 16).sort(-1).values
     assert fast.values.dtype == torch.float32
-    same = (fast.indices.view(512, 16).sort(-1).values == sets).all(-1)
+    same = (fast.indices.view(n_tokens, 16).sort(-1).values == sets).all(-1)
     assert same.float().mean() >= 0.999
     assert (plain == sets).all(-1).float().mean() < 0.95  # so the second look is what decides
     torch.testing.assert_close(fast.to_dense()[same], exact.to_dense()[same])

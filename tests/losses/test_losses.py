@@ -63,6 +63,13 @@ def test_aux_k_by_hand(k: int) -> None:
     torch.testing.assert_close(AuxK(0.25, k)(step), expected)
 
 
+def test_aux_k_takes_half_the_read_width_by_default() -> None:
+    step = step_of()  # 6 wide
+    torch.testing.assert_close(AuxK(0.25)(step), AuxK(0.25, 3)(step))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(AuxK(0.25)(step), AuxK(0.25, 2)(step))
+
+
 def test_aux_k_trains_dead_latents_alone_in_encoder_and_decoder() -> None:
     step = step_of()
     value = AuxK()(step)

@@ -1,0 +1,108 @@
+"""The parts of a training step, each against its rule."""
+
+import pytest
+import torch
+from torch import nn
+
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.training.learner import Learner, prepare
+from dictlearn.training.optimizers import Adam, build_optimizer
+from dictlearn.types import Step
+from tests.training.planted import D, PlantedStream, member
+
+
+def test_scales_make_the_mean_norm_the_root_of_the_width_and_losses_are_fvus() -> None:
+    stream = PlantedStream(1, batch_size=4096)
+    learner = member("t", writes="y").learner
+    dictionary = learner.dictionary
+    acts = stream.batch(20_000).acts
+    for site, scaled in (("x", dictionary.normalise(acts["x"])), ("y", dictionary.normalise_target(acts["y"]))):
+        assert scaled.norm(dim=-1).mean() == pytest.approx(D**0.5, rel=0.02), site
+    target = dictionary.normalise_target(acts["y"])
+    spread = (target - target.mean(0)).square().sum(-1).mean()
+    assert float(learner.variance) == pytest.approx(float(spread), rel=0.03)
+
+
+def test_without_normalisation_scales_are_one() -> None:
+    dictionary = Linear(D, D, 64, TopK(4))
+    variance = prepare(dictionary, PlantedStream(1).statistics(), False, torch.Generator())
+    acts = torch.cat([PlantedStream(1).batch(20_000 + i).acts["x"] for i in range(20)])
+    assert dictionary.read_scale == dictionary.write_scale == 1
+    assert float(variance) == pytest.approx(float((acts - acts.mean(0)).square().sum(-1).mean()), rel=1e-4)
+
+
+def test_biases_start_at_the_means_of_the_sites() -> None:
+    dictionary = member("t", writes="y").learner.dictionary
+    statistics = PlantedStream(1).statistics()
+    b_dec = dictionary.denormalise(dictionary.b_dec)
+    torch.testing.assert_close(b_dec, statistics["y"].mean.float(), rtol=1e-4, atol=1e-5)
+    at_mean = dictionary.pre_activations(statistics["x"].mean.float().unsqueeze(0))
+    assert at_mean is not None
+    torch.testing.assert_close(at_mean, torch.zeros(1, 64), atol=1e-4, rtol=0)
+
+
+def test_the_loss_is_everything_it_should_be() -> None:
+    """Reconstruction, the sparsifier's penalty and every term of the objective."""
+    dictionary = Linear(D, D, 64, ReLU(0.3), ["x"], ["x"])
+    variance = prepare(dictionary, PlantedStream(1).statistics(), True, torch.Generator().manual_seed(0))
+
+    def term(step: Step) -> torch.Tensor:
+        return step.recon.mean() ** 2 + 5.0
+
+    def silent(step: Step) -> None:
+        return None
+
+    learner = Learner("x", dictionary, {"a": term, "b": silent}, variance, 1_000, None)
+    batch = PlantedStream(1).batch(0)
+    x = dictionary.normalise(batch.acts["x"])
+    latents = (x @ dictionary.W_enc + dictionary.b_enc).relu()
+    recon = latents @ dictionary.W_dec + dictionary.b_dec
+    l1 = 0.3 * (latents * dictionary.W_dec.norm(dim=-1)).sum(-1).mean() / variance.sqrt()
+    expected = (x - recon).square().sum(-1).mean() / variance + l1 + recon.mean() ** 2 + 5.0
+    torch.testing.assert_close(learner.loss(batch), expected.squeeze())
+
+
+def test_gradients_are_projected_before_they_are_clipped() -> None:
+    learner = member(clip_norm=1.0).learner
+    dictionary = learner.dictionary
+    torch.manual_seed(0)
+    for parameter in dictionary.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    grad, unit = dictionary.W_dec.grad.clone(), dictionary.W_dec.detach()  # type: ignore[union-attr]
+    projected = grad - (grad * unit).sum(-1, keepdim=True) * unit
+    others = [p.grad for name, p in dictionary.named_parameters() if name != "W_dec"]
+    norm = torch.stack([g.square().sum() for g in [projected, *others] if g is not None]).sum().sqrt()
+    assert norm > 1
+    learner.clip_gradients_()
+    torch.testing.assert_close(dictionary.W_dec.grad, projected / norm, rtol=1e-4, atol=1e-6)
+    total = nn.utils.get_total_norm([p.grad for p in dictionary.parameters() if p.grad is not None])
+    assert float(total) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_small_gradients_are_not_clipped() -> None:
+    learner = member(clip_norm=1.0).learner
+    for parameter in learner.dictionary.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-4)
+    learner.clip_gradients_()
+    assert torch.equal(learner.dictionary.b_enc.grad, torch.full((64,), 1e-4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("n_latents", "lr"), [(2**14, 2e-4), (2**16, 1e-4), (2**12, 4e-4)])
+def test_the_learning_rate_law(n_latents: int, lr: float) -> None:
+    dictionary = Linear(2, 2, n_latents, TopK(1))
+    assert Adam(None, 1.0, (0.9, 0.999), 1e-8, None).peak_lr(dictionary) == pytest.approx(lr)
+    assert Adam(None, 3.0, (0.9, 0.999), 1e-8, None).peak_lr(dictionary) == pytest.approx(3 * lr)
+    assert Adam(0.7, 3.0, (0.9, 0.999), 1e-8, None).peak_lr(dictionary) == 0.7
+
+
+def test_every_dictionary_has_its_own_optimizer_settings() -> None:
+    one, two = Linear.tiny(), Linear.tiny()
+    settings = [(one, Adam(1e-3, 1.0, (0.9, 0.999), 1e-8, None)), (two, Adam(1e-4, 1.0, (0.0, 0.99), 1e-6, None))]
+    groups = build_optimizer(settings).param_groups
+    assert [(g["lr"], g["betas"], g["eps"]) for g in groups] == [
+        (1e-3, (0.9, 0.999), 1e-8),
+        (1e-4, (0.0, 0.99), 1e-6),
+    ]
+    assert [set(map(id, g["params"])) for g in groups] == [set(map(id, d.parameters())) for d in (one, two)]
