@@ -28,11 +28,13 @@ def main(cfg: DictConfig) -> float:
     try:
         results = train(cfg, hydra_cfg.overrides.task, console)
     except DictlearnError as error:
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            raise  # the other jobs of the sweep still run
         sys.exit(str(error))
     if results.errors:
         sys.exit(1)
-    fvus = [report["reconstruction"]["fvu"] for report in results.reports.values()]
-    return sum(fvus) / len(fvus)
+    fvus = [report["reconstruction"]["fvu"] for report in results.reports.values() if "reconstruction" in report]
+    return sum(fvus) / len(fvus) if fvus else float("nan")
 
 
 if __name__ == "__main__":

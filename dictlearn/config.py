@@ -13,6 +13,8 @@ from dictlearn.types import DictlearnError
 
 AT_LEAST = {"n_tokens": 1, "batch_size": 1, "expansion": 1, "statistics_n_tokens": 1, "seed": 0}
 NORMALISE = ("mean_norm", "none")
+PRECISIONS = ("32-true", "bf16-mixed")
+ACCELERATORS = ("cpu", "gpu")
 
 
 class ConfigError(DictlearnError):
@@ -34,6 +36,13 @@ def value_problems(cfg: DictConfig) -> list[str]:
         problems.append(f"dead_after_tokens must be null or a whole number above 0, got {cfg.dead_after_tokens!r}")
     if cfg.normalise not in NORMALISE:
         problems.append(f"normalise must be one of {', '.join(NORMALISE)}, got {cfg.normalise!r}")
+    if _is_count(cfg.seed, 2**32):
+        problems.append(f"seed must be below 2^32, got {cfg.seed}")
+    if cfg.trainer.precision not in PRECISIONS:
+        problems.append(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {cfg.trainer.precision!r}")
+    if cfg.trainer.accelerator not in ACCELERATORS:
+        problems.append(f"trainer.accelerator must be cpu or gpu, got {cfg.trainer.accelerator!r}")
+    problems += evaluation_problems(cfg.evaluation)
     devices = cfg.trainer.devices
     if devices not in (1, "1", [0]):
         problems.append(f"trainer.devices must be 1: training on several devices is not supported, got {devices!r}")
@@ -42,6 +51,21 @@ def value_problems(cfg: DictConfig) -> list[str]:
     elif any(node.site is None for node in cfg.dictionaries.values()):
         problems.append("site is required: give site=..., such as resid_post.2, or mlp.2 for a transcoder")
     return problems
+
+
+def evaluation_problems(evaluation: DictConfig) -> list[str]:
+    """What is wrong with conf/evaluation, one sentence each."""
+    counts = {f"evaluation.{key}": evaluation[key] for key in ("n_tokens", "batch_rows")}
+    counts |= {
+        f"evaluation.blocks.{name}.n_tokens": block.n_tokens
+        for name, block in evaluation.blocks.items()
+        if "n_tokens" in block
+    }
+    return [
+        f"{key} must be a whole number of at least 1, got {value!r}"
+        for key, value in counts.items()
+        if not _is_count(value, 1)
+    ]
 
 
 def unused_overrides(cfg: DictConfig, overrides: Iterable[str]) -> list[str]:

@@ -58,7 +58,7 @@ WRONG = [
     (["seed=-1"], "seed must be a whole number of at least 0"),
     (["normalise=unit"], "normalise must be one of mean_norm, none"),
     (["trainer.devices=2"], "training on several devices is not supported"),
-    (["sparsifier.k=0"], "sparsifier.k must be at least 1, got 0"),
+    (["sparsifier.k=0"], "sparsifier.k must be a whole number, at least 1, got 0"),
     (["sparsifier.k=2000"], "sparsifier.k must be at most n_latents = 1024, got 2000"),
     (["site=resid_post.1"], "site has no effect on this experiment.*add experiment=single"),
     (["dictionary=transcoder"], "dictionary has no effect on this experiment"),
@@ -72,6 +72,11 @@ WRONG = [
     (["lm=hf"], "lm.name is required"),
     (["data.ctx=4096"], "128 positions"),
     (["lm=hf", "lm.name=/nowhere"], "/nowhere"),
+    (["seed=5_000_000_000"], "below 2\\^32"),
+    (["trainer.precision=16-mixed"], "trainer.precision must be one of 32-true, bf16-mixed"),
+    (["trainer.accelerator=auto"], "trainer.accelerator must be cpu or gpu"),
+    (["evaluation.batch_rows=0"], "evaluation.batch_rows must be a whole number of at least 1"),
+    (["evaluation.blocks.behaviour.n_tokens=0"], "behaviour.n_tokens must be a whole number"),
     (["optimizer.lr=-1"], "must be positive"),
     (["schedule.decay=2"], r"decay in \[0, 1\]"),
 ]
@@ -104,7 +109,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
     with pytest.raises(DictlearnError, match="has none"):
         resumed(str(tmp_path), [])
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    with pytest.raises(DictlearnError, match="no checkpoint yet"):
+    with pytest.raises(DictlearnError, match="no whole checkpoint yet"):
         resumed(str(tmp_path), [])
     with pytest.raises(DictlearnError, match="leave out seed=1"):
         resumed(str(tmp_path), [f"resume={tmp_path}", "seed=1"])

@@ -107,6 +107,7 @@ def test_a_dictionary_of_another_width_is_refused(run_dir: Path, tmp_path: Path)
     weights["W_enc"] = weights["W_enc"][:64]
     save_file({name: w.contiguous() for name, w in weights.items()}, dictionary / "sae_weights.safetensors")
     cfg = json.loads((source / "cfg.json").read_text())
+    cfg["d_in"] = 64
     cfg["metadata"]["dictlearn"] |= {"d_in": 64, "d_out": 64}
     (dictionary / "cfg.json").write_text(json.dumps(cfg))
     assert "64 wide" in refused(f"load={dictionary}", f"out={tmp_path / 'x'}", *SMALL)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
@@ -17,7 +19,8 @@ from PIL import Image
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.run import Results
-from tests.runs import ROOT, SMALL, command, run_train, weight_hashes
+from dictlearn.training.run import _load, resumed
+from tests.runs import ROOT, SMALL, command, composed, run_train, weight_hashes
 
 NAMES = ["attn_out.2", "mlp_out.2", "resid_post.2"]
 
@@ -84,7 +87,7 @@ def test_reports_have_every_block_and_finite_numbers(results: Results, run_dir: 
 @pytest.mark.usefixtures("results")
 def test_the_log_has_every_window(run_dir: Path) -> None:
     table = pd.read_csv(run_dir / "metrics.csv")
-    assert table.n_tokens.tolist() == [10_240]  # 40 steps of 256: fewer than one window of 50
+    assert table.n_tokens.tolist() == [256 * step for step in range(4, 41, 4)]  # a tenth of 40 steps
     for name in NAMES:
         assert table[[f"{name}/{key}" for key in ("loss", "fvu", "l0", "frac_dead")]].notna().to_numpy().all()
 
@@ -119,6 +122,7 @@ KNOBS: list[tuple[list[str], Any]] = [
     (["site=resid_pre.1", "sparsifier.k=7"], lambda d: d.sparsifier.k == 7),
     (["site=resid_pre.1", "expansion=3"], lambda d: d.n_latents == 384),
     (["site=mlp_hidden.1", "expansion=1"], lambda d: d.n_latents == 512),
+    (["site=resid_pre.1", "trainer.precision=bf16-mixed"], lambda d: d.W_enc.dtype == torch.float32),
 ]
 
 
@@ -166,17 +170,16 @@ def test_local_text(tmp_path: Path) -> None:
     assert dictionary.metadata["data"]["path"] == str(text)
 
 
-def kill_after_checkpoint(run_dir: Path, process: Any, step: int) -> None:
-    """SIGKILL as soon as a checkpoint of at least `step` is there."""
+def send_after_checkpoint(run_dir: Path, process: Any, step: int, sent: signal.Signals) -> None:
+    """Send a signal as soon as a checkpoint of at least `step` is there."""
     for _ in range(6_000):
         found = [int(path.stem.split("-")[1]) for path in (run_dir / "checkpoints").glob("step-*.ckpt")]
         if found and max(found) >= step:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(sent)
             break
         if process.poll() is not None:
             break
         time.sleep(0.02)
-    process.wait()
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
@@ -184,8 +187,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole = command("train.py", *overrides, f"run_dir={tmp_path / 'whole'}")
     assert whole.wait() == 0, whole.communicate()[0]
     cut = command("train.py", *overrides, f"run_dir={tmp_path / 'cut'}")
-    kill_after_checkpoint(tmp_path / "cut", cut, step=140)
-    assert cut.returncode == -signal.SIGKILL, cut.communicate()[0]
+    send_after_checkpoint(tmp_path / "cut", cut, step=140, sent=signal.SIGKILL)
+    out, _ = cut.communicate()
+    assert cut.returncode == -signal.SIGKILL, out
     assert not (tmp_path / "cut/dictionaries").exists()
     moved = tmp_path / "moved"
     (tmp_path / "cut").rename(moved)  # a run folder may move
@@ -232,3 +236,41 @@ def test_a_sweeper_is_given_the_mean_fvu(tmp_path: Path) -> None:
     returned = train.main.__wrapped__(cfg)
     reports = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("dictionaries/*/report.json")]
     assert returned == pytest.approx(sum(r["reconstruction"]["fvu"] for r in reports) / 3)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_how_to_go_on(tmp_path: Path, sent: signal.Signals) -> None:
+    overrides = [o for o in SMALL if not o.startswith("n_tokens")] + [
+        "n_tokens=400_000",
+        f"run_dir={tmp_path / 'r'}",
+    ]
+    process = command("train.py", *overrides)
+    send_after_checkpoint(tmp_path / "r", process, step=150, sent=sent)
+    out, _ = process.communicate()
+    assert process.returncode == 1, out
+    assert f"resume={tmp_path / 'r'}" in out
+    assert "Traceback" not in out
+
+
+def test_resume_takes_the_newest_whole_checkpoint(tmp_path: Path, results: Results, run_dir: Path) -> None:
+    assert not results.errors
+    shutil.copytree(run_dir, tmp_path / "r")
+    (whole,) = (tmp_path / "r" / "checkpoints").iterdir()
+    (whole.parent / "step-00000039.ckpt").write_bytes(whole.read_bytes()[:1_000])
+    assert resumed(str(tmp_path / "r"), [])[1] == str(whole)
+
+
+def test_the_seed_reaches_the_order_of_the_text(tmp_path: Path) -> None:
+    cfg = composed("train", [*SMALL, "seed=5", f"run_dir={tmp_path}"])
+    _, data, _ = _load(cfg, print)
+    assert data.seed == 5
+
+
+def test_a_failing_job_leaves_the_others_of_a_sweep(tmp_path: Path) -> None:
+    arguments = ["-m", *SMALL, "experiment=single", "site=resid_post.1", "sparsifier.k=4000,4"]
+    arguments.remove("sparsifier.k=4")
+    process = command("train.py", *arguments, f"run_dir={tmp_path}", "~evaluation.blocks.behaviour")
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "must be at most n_latents" in out
+    assert weight_hashes(tmp_path / "1")

@@ -151,7 +151,7 @@ class ActivationStream:
         if epoch > self._epoch:
             self._epoch = epoch
             counts = f"{n_rows} rows, {self.store.n_counted} counted tokens"
-            log.info("%s has ended (%s): epoch %d, in a new row order", self.store.name, counts, epoch)
+            log.warning("%s has ended (%s): epoch %d, in a new row order", self.store.name, counts, epoch)
         return schedule.row_order(self.seed, start, stop, n_rows)
 
     def _fingerprint(self) -> str:

@@ -32,8 +32,9 @@ class Dictionary(nn.Module, ABC):
         sparsifier: pre-activations to latents.
         reads, writes: site names; a sparse autoencoder reads and writes the same site.
         skip: add a linear path from x to the reconstruction (Paulo et al. 2025, arXiv 2501.18823).
-        decoder_norm: "unit" projects the rows of W_dec to norm 1 after every step, "free" does not; None chooses
-            "unit" for a sparse autoencoder unless the sparsifier's penalty is weighted by decoder norms.
+        decoder_norm: "unit" projects the rows of W_dec (over all write sites) to norm 1 after every step, "free"
+            does not; None chooses "unit" for a sparse autoencoder unless the sparsifier's penalty is weighted by
+            decoder norms.
     """
 
     site_axis: ClassVar[bool] = False  # several read or write sites: activations have a site axis before the width
@@ -187,14 +188,15 @@ class Dictionary(nn.Module, ABC):
     def project_(self) -> None:
         """After every optimiser step: back onto the constraint set."""
         if self.decoder_norm == "unit":
-            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True))
+            self.flat_W_dec.div_(self.flat_W_dec.norm(dim=-1, keepdim=True))
 
     @torch.no_grad()
     def project_gradient_(self) -> None:
         """Before clipping: drop the part of the decoder gradient that the projection would undo."""
         if self.decoder_norm == "unit" and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [n_latents, 1]
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            grad, rows = self.W_dec.grad.view_as(self.flat_W_dec), self.flat_W_dec
+            along = (grad * rows).sum(-1, keepdim=True)  # [n_latents, 1]
+            grad.addcmul_(along, rows, value=-1)
 
     @torch.no_grad()
     def initialise_(

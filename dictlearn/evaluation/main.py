@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from dictlearn.config import ConfigError, build
+from dictlearn.config import ConfigError, build, evaluation_problems
 from dictlearn.data import EmbeddedText, LocalText, TextData
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.context import EvaluationContext
@@ -35,14 +35,21 @@ def run_evaluation(cfg: DictConfig, console: Console) -> Results:
     refs = cfg.load if isinstance(cfg.load, str) else list(cfg.load)
     folders = find(refs)
     dictionaries = {name: _one(folder) for name, folder in folders.items()}
+    if cfg.n_tokens is not None:
+        cfg.evaluation.n_tokens = cfg.n_tokens
+    if problems := evaluation_problems(cfg.evaluation):
+        raise ConfigError(problems)
     lm_name, revision, dtype = _lm(cfg, dictionaries)
+    for name, d in dictionaries.items():
+        if (own := d.metadata.get("lm_name")) not in (None, lm_name):
+            console.print(f"{name} was trained on {own} and is evaluated on {lm_name}", style="yellow")
     text = _text(cfg, dictionaries)
     _check(text, skeleton(lm_name, revision), dictionaries)
     blocks = build(cfg.evaluation.blocks)
     with console.status(f"Loading {lm_name}"):
         lm: LM = load_lm(lm_name, revision, dtype, cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with console.status("Preparing held-out text"):
-        rows = text.heldout(lm.tokenizer, cfg.n_tokens or cfg.evaluation.n_tokens)
+        rows = text.heldout(lm.tokenizer, cfg.evaluation.n_tokens)
     context = EvaluationContext(
         lm=lm,
         dictionaries={name: d.to(lm.device) for name, d in dictionaries.items()},
@@ -78,7 +85,8 @@ def _lm(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> tuple[str, s
     revisions = {d.metadata.get("lm_revision") for d in dictionaries.values()}
     if len(revisions) > 1:
         raise DictlearnError(f"The dictionaries are of several revisions of {name}: {revisions}: give lm=...")
-    return name, revisions.pop(), None
+    dtypes = {d.metadata.get("lm_dtype") for d in dictionaries.values()}
+    return name, revisions.pop(), dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> TextData:

@@ -20,8 +20,8 @@ class TopK(Sparsifier):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if k < 1:
-            raise DictlearnError(f"sparsifier.k must be at least 1, got {k}.")
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise DictlearnError(f"sparsifier.k must be a whole number, at least 1, got {k!r}.")
         self.k = k
 
     def forward(self, pre_acts: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch n_latents"]:

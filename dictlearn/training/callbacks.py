@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,11 +19,13 @@ from rich.table import Table
 
 from dictlearn.training.module import DictionaryTraining
 
+log = logging.getLogger(__name__)
+
 
 class ProgressDisplay(Callback):
     """A bar over the steps, tokens/s, and per dictionary the loss, FVU, L0 and dead fraction of the last window.
 
-    Where the output is no terminal, a line every tenth of the run.
+    Where the output is no terminal, a line every twentieth of the run.
     """
 
     def __init__(self, console: Console) -> None:
@@ -48,7 +54,7 @@ class ProgressDisplay(Callback):
         if self.console.is_terminal:
             if step % 10 == 0:
                 self._show(pl_module)
-        elif pl_module.latest and step % max(1, pl_module.n_steps // 10) == 0:
+        elif pl_module.latest and step % max(1, pl_module.n_steps // 20) == 0:
             self.console.print(_line(pl_module, step), soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -109,6 +115,36 @@ class RandomState(Callback):
             if self._restored["cuda"]:
                 torch.cuda.set_rng_state_all(self._restored["cuda"])
             self._restored = None
+
+
+class Environment(Callback):
+    """What bit-identical results depend on beside the configuration: kept in the checkpoint, compared on resume."""
+
+    def state_dict(self) -> dict[str, Any]:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        versions = {name: version(name) for name in ("torch", "transformers", "lightning", "dictlearn")}
+        return {**versions, "threads": torch.get_num_threads(), "device": device}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        now = self.state_dict()
+        if changed := [f"{key} {old} -> {now.get(key)}" for key, old in state_dict.items() if now.get(key) != old]:
+            log.warning("Resuming where results may differ in the last bits: %s", ", ".join(changed))
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, then renames: it is there whole or not at all, on any file system."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def periodic_checkpoint(folder: Path, n_steps: int) -> ModelCheckpoint:

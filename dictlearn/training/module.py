@@ -18,7 +18,7 @@ from dictlearn.training.schedules import WarmupDecay
 from dictlearn.training.statistics import WindowMetrics
 from dictlearn.types import DictlearnError
 
-LOG_EVERY = 50  # steps per window: one transfer from the device, one row in metrics.csv
+MOST_PER_WINDOW = 50  # steps; at the end of a window: one transfer from the device, one row in metrics.csv
 
 
 class Member(NamedTuple):
@@ -41,6 +41,7 @@ class DictionaryTraining(L.LightningModule):
         self.members = members
         self.learners = nn.ModuleList(member.learner for member in members)
         self.n_steps, self.batch_size = n_steps, batch_size
+        self.window = max(1, min(MOST_PER_WINDOW, n_steps // 10))
         self.latest: dict[str, float] = {}
         self._window_start: tuple[int, float] | None = None
 
@@ -70,11 +71,17 @@ class DictionaryTraining(L.LightningModule):
         # the whole window, and the resumed run ends it here as this one does.
         if self._window_start is None:
             self._window_start = (self.global_step, time.perf_counter())
-        if self.global_step > 0 and self.global_step % LOG_EVERY == 0:
+        if self.global_step > 0 and self.global_step % self.window == 0:
             self._flush(self.global_step)
 
-    def on_train_end(self) -> None:
-        self._flush(self.global_step)
+    def on_train_epoch_end(self) -> None:
+        self._flush(self.global_step)  # the last window, in time for the callbacks' on_train_end
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Weights that are not finite never replace a checkpoint: the one before is deleted after this one."""
+        bad = [m.learner.name for m in self.members if not _all_finite(m.learner.dictionary)]
+        if bad:
+            raise _diverged(", ".join(f"weights of {name}" for name in bad), self.global_step)
 
     def _flush(self, step: int) -> None:
         windows = [member.learner.statistics.flush() for member in self.members]
@@ -85,11 +92,19 @@ class DictionaryTraining(L.LightningModule):
         self._window_start = (step, now)
         speed = (step - start) * self.batch_size / max(now - since, 1e-9)
         if bad := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
-            raise DictlearnError(
-                f"Training failed: {', '.join(bad)} not finite in the {LOG_EVERY} steps before step {step}. "
-                f"Checkpoints from before are whole; lower optimizer.lr or set optimizer.clip_norm."
-            )
+            raise _diverged(", ".join(bad), step)
         self.latest = {**dict(zip(names, values, strict=True)), "tokens_per_second": speed}
         row = {"n_tokens": float(step * self.batch_size), **self.latest}
         for logger in self.loggers:
             logger.log_metrics(row, step=step)
+
+
+def _all_finite(dictionary: nn.Module) -> bool:
+    return bool(torch.stack([p.isfinite().all() for p in dictionary.parameters()]).all())
+
+
+def _diverged(what: str, step: int) -> DictlearnError:
+    return DictlearnError(
+        f"Training diverged: {what} not finite by step {step}. The last checkpoint is from before: lower "
+        f"optimizer.lr or set optimizer.clip_norm."
+    )

@@ -41,7 +41,7 @@ class Adam:
         return self.lr or self.lr_factor * LAW_LR / (dictionary.n_latents / LAW_LATENTS) ** 0.5
 
 
-def build_optimizer(members: list[tuple[Dictionary, Adam]]) -> TorchAdam:
+def build_optimizer(members: Sequence[tuple[Dictionary, Adam]]) -> TorchAdam:
     """One optimizer over all dictionaries, each a parameter group with its own settings."""
     groups = [
         {

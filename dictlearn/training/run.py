@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.status import Status
 
 from dictlearn.config import build
 from dictlearn.data import ActivationData, TextData
@@ -26,11 +26,12 @@ from dictlearn.hub import save
 from dictlearn.hub.codecs.native import WEIGHTS
 from dictlearn.lm import LM, load_lm
 from dictlearn.training.build import build_members, entries, preflight, sites_of
-from dictlearn.training.callbacks import ProgressDisplay, RandomState, periodic_checkpoint
+from dictlearn.training.callbacks import Environment, ProgressDisplay, RandomState, WholeFiles, periodic_checkpoint
 from dictlearn.training.module import DictionaryTraining, Member
 from dictlearn.types import DictlearnError
 
 CONFIG = "config.yaml"
+log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Results:
@@ -42,20 +43,24 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Result
         cfg, checkpoint = resumed(cfg.resume, overrides) if cfg.resume else (_started(cfg, overrides), None)
     _quieten()
     L.seed_everything(cfg.seed, verbose=False)
-    if cfg.trainer.accelerator == "gpu":
-        torch.set_float32_matmul_precision("high")  # TF32
     run_dir = Path(cfg.run_dir)
     with console.status("") as status:
-        lm, data, members = _load(cfg, status)
+        lm, data, members = _load(cfg, status.update if console.is_terminal else console.print)
         n_steps = len(data.train_dataloader())
         module = DictionaryTraining(members, n_steps, cfg.batch_size)
         trainer = _trainer(cfg, n_steps, console)
+    if cfg.trainer.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except (SystemExit, KeyboardInterrupt):  # SIGTERM, Ctrl-C
+        raise DictlearnError(
+            f"Stopped at step {module.global_step} of {n_steps}. Go on from the last checkpoint: resume={run_dir}"
+        ) from None
     finally:
         _close(trainer)
-    if module.global_step < n_steps:
-        raise DictlearnError(f"Stopped at step {module.global_step} of {n_steps}; go on with resume={run_dir}")
+        torch.set_float32_matmul_precision("highest")  # evaluation selects latents in float32
+    _keep_newest(run_dir / "checkpoints")
     plot_training(run_dir / "metrics.csv", run_dir / "plots")
     dictionaries = _save(cfg, lm, data.text, members, run_dir / "dictionaries")
     return _evaluate(cfg, data, dictionaries, run_dir, console)
@@ -81,7 +86,13 @@ def _trainer(cfg: DictConfig, n_steps: int, console: Console) -> L.Trainer:
     return build(
         cfg.trainer,
         logger=list(build(cfg.logger).values()),
-        callbacks=[ProgressDisplay(console), RandomState(), periodic_checkpoint(run_dir / "checkpoints", n_steps)],
+        callbacks=[
+            ProgressDisplay(console),
+            RandomState(),
+            Environment(),
+            periodic_checkpoint(run_dir / "checkpoints", n_steps),
+        ],
+        plugins=[WholeFiles()],
         max_steps=n_steps,
         max_epochs=-1,
         enable_progress_bar=False,
@@ -89,6 +100,12 @@ def _trainer(cfg: DictConfig, n_steps: int, console: Console) -> L.Trainer:
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
+
+
+def _keep_newest(folder: Path) -> None:
+    """Lightning keeps the checkpoint that a run was resumed from."""
+    for old in sorted(folder.glob("step-*.ckpt"))[:-1]:
+        old.unlink()
 
 
 def _close(trainer: L.Trainer) -> None:
@@ -108,22 +125,32 @@ def resumed(folder: str, overrides: Sequence[str]) -> tuple[DictConfig, str]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise DictlearnError(f"resume must be a run folder with {CONFIG}, and {folder} has none")
-    checkpoints = sorted((Path(folder) / "checkpoints").glob("step-*.ckpt"))
-    if not checkpoints:
-        raise DictlearnError(f"{folder} has no checkpoint yet: start the run again in a new folder")
+    checkpoints = sorted((Path(folder) / "checkpoints").glob("step-*.ckpt"), reverse=True)
+    newest = next((checkpoint for checkpoint in checkpoints if _is_whole(checkpoint)), None)
+    if newest is None:
+        raise DictlearnError(f"{folder} has no whole checkpoint yet: start the run again in a new folder")
     cfg = OmegaConf.load(path)
     assert isinstance(cfg, DictConfig)
     cfg.run_dir = folder
-    return cfg, str(checkpoints[-1])
+    return cfg, str(newest)
 
 
-def _load(cfg: DictConfig, status: Status) -> tuple[LM, ActivationData, list[Member]]:
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        log.warning("%s is damaged: taking the one before", checkpoint)
+        return False
+    return True
+
+
+def _load(cfg: DictConfig, say: Callable[[str], None]) -> tuple[LM, ActivationData, list[Member]]:
     device = "cuda" if cfg.trainer.accelerator == "gpu" else "cpu"
-    status.update(f"Loading {cfg.lm.name}")
+    say(f"Loading {cfg.lm.name}")
     lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
     found = entries(cfg, lm.model)
     data = ActivationData(build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed)
-    status.update("Measuring the activations")
+    say("Measuring the activations")
     statistics = data.statistics(cfg.statistics_n_tokens)
     return lm, data, build_members(cfg, found, lm, statistics)
 
@@ -133,7 +160,7 @@ def _save(
 ) -> dict[str, Dictionary]:
     """Inference dictionaries by name, written in the native format with where they come from."""
     metadata: dict[str, Any] = {
-        "lm_name": lm.name,
+        "lm_name": str(Path(lm.name).resolve()) if Path(lm.name).is_dir() else lm.name,
         "lm_revision": lm.revision,
         "lm_dtype": lm.dtype,
         "ctx": text.ctx,
@@ -143,6 +170,8 @@ def _save(
         "n_tokens": cfg.n_tokens,
     }
     metadata["data"].pop("cache_dir")
+    if "path" in metadata["data"]:
+        metadata["data"]["path"] = str(Path(metadata["data"]["path"]).absolute())
     dictionaries = {}
     for member in members:
         dictionary = member.learner.dictionary.for_inference()

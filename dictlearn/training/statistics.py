@@ -60,10 +60,10 @@ class TrainingStatistics(nn.Module):
         """Add one step; `loss` is its total loss."""
         _count_fired_(self.fired, step.latents)
         n_tokens = len(step.x)
-        error = (step.target - step.recon).square().sum()
-        parts = [loss * n_tokens, loss.new_full((), n_tokens), error, step.target.square().sum()]
-        self.sums += torch.stack(parts)
-        self.target_sum += step.target.sum(0)
+        error = (step.target - step.recon).square().sum(dtype=torch.float64)
+        sum_sq = step.target.square().sum(dtype=torch.float64)
+        self.sums += torch.stack([loss.double() * n_tokens, error.new_full((), n_tokens), error, sum_sq])
+        self.target_sum += step.target.sum(0, dtype=torch.float64)
 
     @torch.no_grad()
     def flush(self) -> WindowMetrics:

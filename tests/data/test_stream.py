@@ -194,7 +194,7 @@ def test_a_state_of_something_else_is_refused(store, tmp_path):
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5])
 def test_a_short_text_comes_again(tmp_path, n_rows, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")
     store = unique_store(tmp_path / "store", n_rows=n_rows, ctx=8)
     stream = make_stream(store, n_tokens=500)
     seen = Counter(t for batch in stream for t in batch.tokens.tolist())

@@ -149,6 +149,21 @@ def test_projection_holds_the_constraint_and_gradients_respect_it() -> None:
     torch.testing.assert_close(tiny.W_dec.norm(dim=-1), torch.ones(16))
 
 
+@pytest.mark.parametrize("kind", kinds("dictlearn.dictionaries"))
+def test_the_start_meets_the_constraint(kind: str) -> None:
+    tiny = lookup("dictlearn.dictionaries", kind).tiny()
+    before = tiny.W_dec.detach().clone()
+    tiny.project_()
+    torch.testing.assert_close(tiny.W_dec, before)
+    with torch.no_grad():
+        tiny.W_dec.mul_(3.0)
+    tiny.project_()
+    torch.testing.assert_close(tiny.W_dec, before)  # sites keep their shares of a latent
+    tiny.W_dec.grad = tiny.W_dec.detach().clone()
+    tiny.project_gradient_()
+    torch.testing.assert_close(tiny.W_dec.grad, torch.zeros_like(before), atol=1e-6, rtol=0)
+
+
 def test_free_decoders_are_left_alone() -> None:
     free = transcoder(skip=False)
     assert free.decoder_norm == "free"

@@ -148,7 +148,11 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "architecture": (lambda f: change_cfg(f, architecture="moe"), "architecture must be one of .*got 'moe'"),
     "normalised": (lambda f: change_cfg(f, normalize_activations="layer_norm"), "must be 'none'"),
-    "no width": (lambda f: change_cfg(f, d_in=None), "missing or wrong field"),
+    "no width": (lambda f: change_cfg(f, d_in=None), "the widths are None and 16"),
+    "huge": (lambda f: change_cfg(f, d_sae=10**12), "W_enc is .*but the widths are 6 and 1000000000000"),
+    "metadata": (lambda f: change_cfg(f, metadata="x"), "missing or wrong field"),
+    "no metadata": (lambda f: change_cfg(f, metadata=None), "missing or wrong field"),
+    "k a fraction": (lambda f: change_cfg(f, k=4.5), "whole number|Type-check"),
     "k too large": (lambda f: change_cfg(f, k=17), "at most n_latents"),
 }
 
@@ -169,6 +173,13 @@ def test_a_file_cannot_name_code(tmp_path: Path, kind: str) -> None:
     cfg["metadata"]["dictlearn"]["kind"] = kind
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
     with pytest.raises(FormatError, match="has no kind"):
+        dictlearn.load(tmp_path)
+
+
+def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    save(CASES["topk"](), tmp_path)
+    change_cfg(tmp_path, k=9)  # as another tool would edit it
+    with pytest.raises(FormatError, match=r"contradict metadata.dictlearn.*'k': \(9, 4\)"):
         dictlearn.load(tmp_path)
 
 

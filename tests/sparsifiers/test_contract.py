@@ -44,7 +44,7 @@ def test_top_k_keeps_the_k_largest() -> None:
 
 
 def test_wrong_values_are_refused() -> None:
-    with pytest.raises(DictlearnError, match="at least 1, got 0"):
+    with pytest.raises(DictlearnError, match="whole number, at least 1, got 0"):
         TopK(0)
     with pytest.raises(DictlearnError, match="at most n_latents = 8, got 9"):
         TopK(9).check(8)

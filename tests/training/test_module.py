@@ -99,8 +99,21 @@ def test_resume_is_bit_identical(tmp_path: Path, stop: int) -> None:
 
 def test_training_that_diverges_is_stopped() -> None:
     broken = member(lr=1e30, clip_norm=None)
-    with pytest.raises(DictlearnError, match=r"x/loss.* not finite in the 50 steps before step 50"):
+    with pytest.raises(DictlearnError, match=r"x/loss.* not finite by step 6"):
         fit([broken], 60)
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path: Path) -> None:
+    class Poison(L.Callback):
+        def on_train_batch_start(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 30:
+                next(pl_module.parameters()).data.fill_(math.nan)
+
+    with pytest.raises(DictlearnError, match="weights of x not finite by step 32"):
+        fit([member()], 80, [Poison(), periodic_checkpoint(tmp_path, 80)])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000024.ckpt"]
 
 
 # -- the reference: dense, written from the papers, sharing nothing with the package but the data and the start --

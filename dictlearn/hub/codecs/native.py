@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.hub.codecs.base import read_json, read_tensors
+from dictlearn.hub.codecs.base import read_json, read_shapes, read_tensors
 from dictlearn.hub.names import from_hook_name, to_hook_name
 from dictlearn.registry import kind_of, lookup
 from dictlearn.types import DictlearnError, FormatError
@@ -44,9 +44,13 @@ class Native:
 
     def read(self, folder: Path) -> Dictionary:
         cfg = read_json(folder / CONFIG)
-        own = cfg.get("metadata", {}).get("dictlearn")
+        stored = read_shapes(folder / WEIGHTS)
         try:
+            own = cfg.get("metadata", {}).get("dictlearn")
+            _check_widths(cfg if own is None else own, stored)
             dictionary = _build_own(own) if own is not None else _build_sae_lens(cfg)
+            if own is not None:
+                _check_agreement(cfg, dictionary)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{folder / CONFIG}: missing or wrong field: {error!r}.") from None
         except DictlearnError as error:
@@ -72,6 +76,21 @@ class Native:
         partial = folder / f"{CONFIG}.part"
         partial.write_text(json.dumps(_config(dictionary), indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / CONFIG)
+
+
+def _check_widths(declared: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """The declared widths are those of the weights, so that nothing larger than the file is ever allocated."""
+    n_latents = declared.get("n_latents", declared.get("d_sae"))
+    for key, width in {"W_enc": declared["d_in"], "W_dec": declared.get("d_out", declared["d_in"])}.items():
+        if key in stored and not {n_latents, width} <= set(stored[key]):
+            raise DictlearnError(f"{key} is {list(stored[key])}, but the widths are {width} and {n_latents}.")
+
+
+def _check_agreement(cfg: Mapping[str, Any], dictionary: Dictionary) -> None:
+    """What SAELens reads from the file and what we read are the same dictionary."""
+    ours = {key: value for key, value in _config(dictionary).items() if key not in ("metadata", "dtype", "device")}
+    if differing := {key: (cfg.get(key), value) for key, value in ours.items() if cfg.get(key) != value}:
+        raise DictlearnError(f"fields contradict metadata.dictlearn (found, expected): {differing}.")
 
 
 def _config(dictionary: Dictionary) -> dict[str, Any]:
