@@ -12,6 +12,7 @@ from torch import Tensor
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.context import EvaluationContext, Sections, chunk_tokens, reconstruct
 from dictlearn.metrics.alignment import Alignment
+from dictlearn.metrics.geometry import duplicates
 from dictlearn.metrics.sparsity import L0, FiringCounts
 from dictlearn.metrics.variance import Variance
 
@@ -61,16 +62,17 @@ class _Account:
 
     def sections(self) -> Sections:
         n_tokens = int(self.firing.n_tokens)
-        alignment = self.alignment.compute()
+        firing, alignment = self.firing.compute(), self.alignment.compute()
         n_zero_norm = int(alignment.pop("n_zero_norm").sum())
         values = self.variance.compute() | alignment
         return {
             "sparsity": {
                 "l0": {name: float(value) for name, value in self.l0.compute().items()},
-                "n_dead": int(self.firing.compute()["n_dead"]),
-                "frac_dead": float(self.firing.compute()["frac_dead"]),
+                "n_dead": int(firing.pop("n_dead")),
+                **{name: float(value) for name, value in firing.items()},
                 "n_tokens": n_tokens,
             },
+            "geometry": {"n_duplicates": int(duplicates(self.dictionary.flat_W_dec).sum())},
             "reconstruction": {
                 **per_site(values, self.dictionary.writes),
                 "n_zero_norm": n_zero_norm,

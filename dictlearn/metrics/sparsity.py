@@ -16,6 +16,8 @@ from dictlearn.types import Latents, SparseLatents
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
 
+DENSE = 10  # a latent that is active on more than one token in so many is dense
+
 
 class L0(Metric):
     """Number of active latents per token: mean, median, 5th and 95th percentile (linear interpolation)."""
@@ -69,8 +71,17 @@ class FiringCounts(Metric):
             self.n_tokens = self.n_tokens + len(active)
 
     def compute(self) -> dict[str, Int[Tensor, ""] | Float[Tensor, ""]]:
+        """`n_dead`, `frac_dead`: latents that never fired. `frac_dense`: share of the latents that are active on
+        more than a tenth of the tokens; `mass_dense`: the share of all firings that is theirs.
+        """
         n_dead = (self.n_fired == 0).sum()
-        return {"n_dead": n_dead, "frac_dead": n_dead.double() / len(self.n_fired)}
+        dense = self.n_fired * DENSE > self.n_tokens
+        return {
+            "n_dead": n_dead,
+            "frac_dead": n_dead.double() / len(self.n_fired),
+            "frac_dense": dense.double().mean(),
+            "mass_dense": self.n_fired[dense].sum().double() / self.n_fired.sum(),
+        }
 
     @property
     def density(self) -> Float[Tensor, " n_latents"]:

@@ -150,6 +150,7 @@ def test_undefined_numbers_are_null_with_a_warning(lm: LM, tokens: Tensor, out_d
     assert strict(out_dir / "zero" / "report.json")["reconstruction"]["cosine"] is None
     assert report["reconstruction"]["relative_bias"] is None
     assert [warning.split()[0] for warning in report["warnings"]] == [
+        "sparsity.mass_dense",
         "reconstruction.cosine",
         "reconstruction.relative_bias",
     ]

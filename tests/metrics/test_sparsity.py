@@ -118,6 +118,10 @@ def test_planted_rates() -> None:
     sigma = (rates * (1 - rates) / n_tokens).sqrt()
     assert ((firing.density - rates).abs() <= 5 * sigma + 1e-12).all()
     assert l0.compute()["mean"].item() == pytest.approx(rates.sum().item(), abs=5 * sigma.norm().item())
+    dense = rates > 0.1  # none is close to a tenth
+    assert firing.compute()["frac_dense"] == dense.double().mean()
+    mass = (total[dense].sum() / total.sum()).item()
+    assert firing.compute()["mass_dense"].item() == pytest.approx(mass, rel=1e-6)
     assert firing.n_fired.tolist() == total.tolist()
     n_dead = int(firing.compute()["n_dead"])
     assert 4 <= n_dead <= 5  # the four of rate zero; with 2 tokens expected, the rarest may not be drawn at all
