@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dictlearn.dictionaries import Dictionary
@@ -197,6 +198,12 @@ def test_planted_data_has_an_exact_dictionary(lm: LM, tokens: Tensor, monkeypatc
         sae.W_dec.copy_(directions)
         sae.b_enc.fill_(-1e-4)  # rounding must not fire a silent latent
     got = run(lm, many, sae.requires_grad_(False), batch_rows=100)
+    cosines = torch.nn.functional.normalize(sae.W_dec, dim=-1) @ directions.T
+    matched = cosines[linear_sum_assignment(cosines.abs().numpy(), maximize=True)]
+    assert matched.mean().item() == pytest.approx(1.0, abs=1e-5)  # mean correlation of the matched directions
+    assert got["geometry"]["n_duplicates"] == 0
+    density = fired.flatten(0, 1).double().mean(0)
+    assert got["sparsity"]["frac_dense"] == pytest.approx((density > 0.1).double().mean().item())
     assert got["reconstruction"]["fvu"] < 1e-7
     assert got["sparsity"]["n_dead"] == int((~fired.flatten(0, 1).any(0)).sum()) >= 3
     assert got["sparsity"]["l0"]["mean"] == pytest.approx(fired.sum(-1).double().mean().item(), abs=1e-9)
