@@ -3,7 +3,8 @@
     x~ = x * read_scale;  pre = x~ @ W_enc + b_enc;  latents = sparsifier(pre)
     recon = (latents @ W_dec + b_dec (+ x~ @ W_skip.T)) / write_scale
 
-Everything public takes and returns raw activations; `step` works in normalised units.
+With `input_norm="layer_norm"` x is each token's layer-normed one, and recon is put back with that token's mean and
+standard deviation. Everything public takes and returns raw activations; `step` works in normalised units.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dictlearn.kernels import decode
+from dictlearn.kernels import LayerNormed, decode, layer_norm
 from dictlearn.losses.recon import recon_loss
+from dictlearn.registry import kind_of
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.types import DictlearnError, Latents, Output, Scalar, SparseLatents, Step
+
+INPUT_NORMS = ("none", "layer_norm")
 
 
 class Dictionary(nn.Module, ABC):
@@ -35,6 +39,11 @@ class Dictionary(nn.Module, ABC):
         decoder_norm: "unit" projects the rows of W_dec (over all write sites) to norm 1 after every step, "free"
             does not; None chooses "unit" for a sparse autoencoder unless the sparsifier's penalty is weighted by
             decoder norms.
+        input_norm: "none", or "layer_norm": each token by itself, as in SAELens: z = (x - mean) / (std + 1e-5) over
+            the width, std unbiased; recon is multiplied by the same std + 1e-5 and shifted by the same mean. It
+            depends on the token, so it is never folded into weights. For autoencoders of one site.
+
+    Raises DictlearnError for values outside these, and where `sparsifier` does not fit `n_latents`.
     """
 
     site_axis: ClassVar[bool] = False  # several read or write sites: activations have a site axis before the width
@@ -49,6 +58,7 @@ class Dictionary(nn.Module, ABC):
         writes: Sequence[str] = ("x",),
         skip: bool = False,
         decoder_norm: str | None = None,
+        input_norm: str = "none",
     ) -> None:
         super().__init__()
         sparsifier.check(n_latents)
@@ -59,6 +69,8 @@ class Dictionary(nn.Module, ABC):
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.sparsifier = sparsifier
+        self.input_norm = input_norm
+        self._check_input_norm()
         own_norm = "unit" if self.is_autoencoder and not sparsifier.norm_weighted else "free"
         self.decoder_norm = decoder_norm or own_norm
         self.metadata: dict[str, Any] = {}
@@ -74,6 +86,20 @@ class Dictionary(nn.Module, ABC):
 
     read_scale: Tensor  # [n_reads]
     write_scale: Tensor  # [n_writes]
+
+    def _check_input_norm(self) -> None:
+        if self.input_norm not in INPUT_NORMS:
+            raise DictlearnError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, got {self.input_norm!r}.")
+        if self.input_norm == "none":
+            return
+        if self.site_axis or not self.is_autoencoder:
+            raise DictlearnError(
+                "input_norm=layer_norm needs an autoencoder of one site, because the reconstruction is put back "
+                f"with the mean and standard deviation of the token that was read; this {type(self).__name__} "
+                f"reads {', '.join(self.reads)} and writes {', '.join(self.writes)}: use input_norm=none."
+            )
+        if self.d_in < 2:
+            raise DictlearnError(f"input_norm=layer_norm needs activations at least 2 wide, got {self.d_in}.")
 
     @property
     def is_autoencoder(self) -> bool:
@@ -91,17 +117,15 @@ class Dictionary(nn.Module, ABC):
         """The same latents, compact, over the flattened batch."""
 
     def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
-        """Reconstruction in raw units; with a skip path the raw input `x` is needed as well.
+        """Reconstruction in raw units; with a skip path or a layer norm the raw input `x` is needed as well.
 
         Dense latents `[*, n_latents]` give `[*, d_out]`, compact ones `[n_tokens, d_out]`; several write sites
-        add an axis before `d_out`.
+        add an axis before `d_out`. Nothing is kept between calls.
         """
         flat = decode(latents, self.flat_W_dec) + self.b_dec.flatten()
         if self.W_skip is not None:
-            if x is None:
-                raise DictlearnError("This dictionary has a skip path: decode(latents, x) needs the input x.")
-            flat = flat + self._skip(self.normalise(x)).reshape(flat.shape)
-        return self.denormalise(flat)
+            flat = flat + self._skip(self.normalise(_needed(x, "a skip path"))).reshape(flat.shape)
+        return self.denormalise(flat, x)
 
     def forward(self, x: Tensor) -> Output:
         """Latents (dense), reconstruction and pre-activations of raw activations `x`."""
@@ -146,18 +170,31 @@ class Dictionary(nn.Module, ABC):
     def normalise(self, x: Tensor) -> Float[Tensor, "*batch reads"]:
         """Raw reads to normalised, flattened ones."""
         x = x.to(self.W_dec.dtype)
+        if self.input_norm == "layer_norm":
+            x = layer_norm(x).z
         return (x * self.read_scale.unsqueeze(-1)).flatten(-2) if self.site_axis else x * self.read_scale
 
-    def normalise_target(self, y: Tensor) -> Float[Tensor, "*batch writes"]:
-        """Raw targets to normalised, flattened ones."""
+    def normalise_target(self, y: Tensor, x: Tensor | None = None) -> Float[Tensor, "*batch writes"]:
+        """Raw targets to normalised, flattened ones; with a layer norm, by the mean and std of the reads `x`."""
         y = y.to(self.W_dec.dtype)
+        if self.input_norm == "layer_norm":
+            _, mean, std = self._layer_norm(x)
+            y = (y - mean) / std
         return (y * self.write_scale.unsqueeze(-1)).flatten(-2) if self.site_axis else y * self.write_scale
 
-    def denormalise(self, flat: Float[Tensor, "*batch writes"]) -> Tensor:
-        """Normalised, flattened reconstructions to raw ones."""
-        if not self.site_axis:
-            return flat / self.write_scale
-        return flat.unflatten(-1, (len(self.writes), self.d_out)) / self.write_scale.unsqueeze(-1)
+    def denormalise(self, flat: Float[Tensor, "*batch writes"], x: Tensor | None = None) -> Tensor:
+        """Normalised, flattened reconstructions to raw ones; with a layer norm, by the mean and std of `x`."""
+        if self.site_axis:
+            return flat.unflatten(-1, (len(self.writes), self.d_out)) / self.write_scale.unsqueeze(-1)
+        y = flat / self.write_scale
+        if self.input_norm == "none":
+            return y
+        _, mean, std = self._layer_norm(x)
+        per_token = (*y.shape[:-1], 1)
+        return y * std.reshape(per_token) + mean.reshape(per_token)
+
+    def _layer_norm(self, x: Tensor | None) -> LayerNormed:
+        return layer_norm(_needed(x, "a layer norm").to(self.W_dec.dtype))
 
     def _skip(self, flat_x: Tensor) -> Tensor:
         assert self.W_skip is not None
@@ -205,7 +242,9 @@ class Dictionary(nn.Module, ABC):
         read_means: Float[Tensor, "n_reads d_in"],
         write_means: Float[Tensor, "n_writes d_out"],
     ) -> None:
-        """Random directions, biases from the means of the raw activations; set the scales before.
+        """Random directions, biases from the means of the activations; set the scales before.
+
+        The means are those of what the scales multiply: raw activations, or layer-normed ones.
 
         An autoencoder starts tied (W_enc = W_dec^T, unit rows), a transcoder with W_dec = 0, so that it starts as
         the mean predictor. In both, latents see the input about its mean and b_dec is the mean target.
@@ -220,6 +259,36 @@ class Dictionary(nn.Module, ABC):
         mean_x = (read_means * self.read_scale.unsqueeze(-1)).flatten()
         self.b_enc.copy_(-mean_x @ self.flat_W_enc)
 
+    @torch.no_grad()
+    def start_from_(self, other: Dictionary) -> None:
+        """Take the weights of `other`: the same function of raw activations, in units of this one's scales.
+
+        Set the scales before. The sparsifier stays this dictionary's own, so `k` may differ. `other` is usually an
+        inference dictionary, which `for_inference()` then gives back. Where this one's `decoder_norm` is "unit",
+        the norm of each row of W_dec over all write sites moves into the encoder. Rows of unequal norm (`other` was
+        "free", or the write sites' scales are in another proportion) then change what a TopK selects.
+
+        Raises DictlearnError where anything but the sparsifier and `decoder_norm` differs, or where a row of W_dec
+        that has to be unit is zero.
+        """
+        mine, theirs = ({"kind": kind_of(d), **d.config()} for d in (self, other))
+        if differing := [key for key in mine if key != "decoder_norm" and mine[key] != theirs.get(key)]:
+            listed = ", ".join(f"{key} is {theirs.get(key)} there and {mine[key]} here" for key in differing)
+            raise DictlearnError(f"A dictionary starts from one of its own kind, sites and widths: {listed}.")
+        n_zero = int((other.flat_W_dec.norm(dim=-1) == 0).sum())
+        if self.decoder_norm == "unit" and n_zero:
+            raise DictlearnError(
+                f"decoder_norm=unit cannot start from rows of W_dec that are zero; {n_zero} of {self.n_latents} "
+                "are: use decoder_norm=free."
+            )
+        start = copy.deepcopy(other)
+        _fold_scales(start)
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.copy_(start.get_parameter(name))
+        _unfold_scales(self)
+        if self.decoder_norm == "unit":
+            self._move_norms_(self.flat_W_dec.norm(dim=-1))
+
     # -- export --
 
     @torch.no_grad()
@@ -228,16 +297,20 @@ class Dictionary(nn.Module, ABC):
 
         With one write site, latents then come in raw activation units: the write scale moves from the decoder
         into the encoder, which keeps the selection because every latent moves alike. Where no selection depends on
-        decoder norms being comparable (norm-weighted sparsifiers) each row's norm is folded as well.
+        decoder norms being comparable (norm-weighted sparsifiers) each row's norm is folded as well. A layer norm
+        stays, and latents are in units of the token's standard deviation.
         """
         folded = copy.deepcopy(self).requires_grad_(False).eval()
         _fold_scales(folded)
         if self.sparsifier.norm_weighted:
-            norms = folded.decoder_norms()
-            norms = torch.where(norms > 0, norms, 1.0)
-            folded.W_dec.div_(norms.reshape(-1, *[1] * (folded.W_dec.ndim - 1)))
-            folded.scale_latents_(norms)
+            folded._move_norms_(folded.decoder_norms())
         return folded
+
+    def _move_norms_(self, norms: Float[Tensor, " n_latents"]) -> None:
+        """Divide the rows of W_dec by `norms`, multiply the latents by them; rows of norm zero stay."""
+        norms = torch.where(norms > 0, norms, 1.0)
+        self.W_dec.div_(norms.reshape(-1, *[1] * (self.W_dec.ndim - 1)))
+        self.scale_latents_(norms)
 
     def scale_latents_(self, factor: Float[Tensor, " n_latents"]) -> None:
         """Multiply every latent by its positive `factor`; needs a positively homogeneous sparsifier."""
@@ -254,6 +327,7 @@ class Dictionary(nn.Module, ABC):
             "writes": list(self.writes),
             "skip": self.W_skip is not None,
             "decoder_norm": self.decoder_norm,
+            "input_norm": self.input_norm,
         }
 
     @classmethod
@@ -262,19 +336,39 @@ class Dictionary(nn.Module, ABC):
         """A small instance for the contract tests."""
 
 
+def _needed(x: Tensor | None, part: str) -> Tensor:
+    if x is None:
+        raise DictlearnError(f"This dictionary has {part}: decode(latents, x) needs the input x.")
+    return x
+
+
 def _fold_scales(dictionary: Dictionary) -> None:
     """Move `read_scale` and `write_scale` into the weights and set them to one."""
     read, write = dictionary.read_scale.clone(), dictionary.write_scale.clone()
-    per_read = read.unsqueeze(-1) if dictionary.site_axis else read
-    per_write = write.unsqueeze(-1) if dictionary.site_axis else write
-    dictionary.W_enc.mul_(per_read.unsqueeze(-1))
-    dictionary.W_dec.div_(per_write)
-    dictionary.b_dec.div_(per_write)
-    if dictionary.W_skip is not None:
-        skip_rows = per_write.reshape(per_write.shape + (1,) * per_read.ndim)
-        dictionary.W_skip.mul_(per_read).div_(skip_rows)
+    _rescale_weights(dictionary, read, 1 / write)
     dictionary.read_scale.fill_(1.0)
     dictionary.write_scale.fill_(1.0)
-    if len(write) == 1:
-        dictionary.W_dec.mul_(write)
-        dictionary.scale_latents_((1 / write).expand(dictionary.n_latents))
+
+
+def _unfold_scales(dictionary: Dictionary) -> None:
+    """The inverse: from weights in raw units to weights for the scales that are set."""
+    _rescale_weights(dictionary, 1 / dictionary.read_scale, dictionary.write_scale)
+
+
+def _rescale_weights(
+    dictionary: Dictionary, reads: Float[Tensor, " n_reads"], writes: Float[Tensor, " n_writes"]
+) -> None:
+    """Multiply what the weights read by `reads` and what they write by `writes`.
+
+    With one write site the latents are multiplied as well, and the rows of W_dec keep their norms.
+    """
+    per_read = reads.unsqueeze(-1) if dictionary.site_axis else reads
+    per_write = writes.unsqueeze(-1) if dictionary.site_axis else writes
+    dictionary.W_enc.mul_(per_read.unsqueeze(-1))
+    dictionary.b_dec.mul_(per_write)
+    if dictionary.W_skip is not None:
+        dictionary.W_skip.mul_(per_read).mul_(per_write.reshape(per_write.shape + (1,) * per_read.ndim))
+    if len(writes) == 1:
+        dictionary.scale_latents_(writes.expand(dictionary.n_latents))
+    else:
+        dictionary.W_dec.mul_(per_write)

@@ -32,7 +32,7 @@ class Linear(Dictionary):
         variance: Float[Tensor, " n_writes"],
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> Step:
-        flat_x, flat_target = self.normalise(x), self.normalise_target(target)
+        flat_x, flat_target = self.normalise(x), self.normalise_target(target, x)
         latents = self.sparsifier.encode_step(flat_x, self.flat_W_enc, self.b_enc)
         recon = decode(latents, self.flat_W_dec) + self.b_dec.flatten()  # [batch, n_writes * d_out]
         if self.W_skip is not None:

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dictlearn.config import NORMALISE
 from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries import Dictionary
 from dictlearn.training.statistics import TrainingStatistics
-from dictlearn.types import Scalar, Step
+from dictlearn.types import DictlearnError, Scalar, Step
 
 
 @runtime_checkable
@@ -68,14 +69,35 @@ class Learner(nn.Module):
 
 
 def prepare(
-    dictionary: Dictionary, statistics: Mapping[str, SiteStatistics], normalise: bool, generator: torch.Generator
+    dictionary: Dictionary,
+    statistics: Mapping[str, SiteStatistics],
+    normalise: str,
+    generator: torch.Generator,
+    start: Dictionary | None = None,
 ) -> Float[Tensor, " n_writes"]:
-    """Set the scales (mean norm to the root of the width) and the initial weights; the normalised variance."""
+    """Set the scales and the weights of `dictionary`; returns the variance of the normalised targets, per site.
+
+    `normalise`: "mean_norm" scales every site to a mean norm of the root of its width; "none" and "layer_norm"
+    leave the scales at 1, and biases and variance are those of the raw or the layer-normed activations.
+    The weights are those of `start` in these scales, or random without it.
+    Raises DictlearnError where `normalise` contradicts the dictionary's `input_norm`, or `start` does not fit.
+    """
+    if normalise not in NORMALISE:
+        raise DictlearnError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}.")
+    layer_norm = dictionary.input_norm == "layer_norm"
+    if layer_norm != (normalise == "layer_norm"):
+        raise DictlearnError(
+            f"normalise=layer_norm and input_norm=layer_norm go together, got normalise={normalise} and a "
+            f"dictionary with input_norm={dictionary.input_norm}."
+        )
     reads, writes = [statistics[s] for s in dictionary.reads], [statistics[s] for s in dictionary.writes]
-    if normalise:
+    if normalise == "mean_norm":
         dictionary.read_scale.copy_(torch.tensor([dictionary.d_in**0.5 / s.mean_norm for s in reads]))
         dictionary.write_scale.copy_(torch.tensor([dictionary.d_out**0.5 / s.mean_norm for s in writes]))
-    means = [torch.stack([s.mean for s in sites]).float() for sites in (reads, writes)]
-    dictionary.initialise_(generator, *means)
-    variance = torch.tensor([s.variance for s in writes]) * dictionary.write_scale.square()
-    return variance.float()
+    if start is not None:
+        dictionary.start_from_(start)
+    else:
+        means = [[s.layer_norm_mean if layer_norm else s.mean for s in sites] for sites in (reads, writes)]
+        dictionary.initialise_(generator, *(torch.stack(per_site).float() for per_site in means))
+    variances = [s.layer_norm_variance if layer_norm else s.variance for s in writes]
+    return (torch.tensor(variances) * dictionary.write_scale.square()).float()

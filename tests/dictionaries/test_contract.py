@@ -1,6 +1,7 @@
 """What holds for every dictionary in the folder, single- and several-sited."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,10 +32,20 @@ def relu_autoencoder() -> Linear:
     return made
 
 
+def layer_norm_autoencoder(skip: bool = False) -> Linear:
+    made = Linear(6, 6, 16, TopK(4), skip=skip, input_norm="layer_norm")
+    made.initialise_(torch.Generator().manual_seed(0), torch.randn(1, 6), torch.randn(1, 6))
+    if made.W_skip is not None:
+        made.W_skip.data.normal_()
+    return made
+
+
 EXTRA = {
     "transcoder": lambda: transcoder(skip=False),
     "skip_transcoder": lambda: transcoder(skip=True),
     "relu": relu_autoencoder,
+    "layer_norm": layer_norm_autoencoder,
+    "skip_layer_norm": lambda: layer_norm_autoencoder(skip=True),
 }
 
 
@@ -79,21 +90,24 @@ def test_sparse_encoding_is_the_dense_one(dictionary: Dictionary) -> None:
 def test_step_is_forward_in_normalised_units(dictionary: Dictionary) -> None:
     x, target = inputs(dictionary)
     step = dictionary.step(x, target, variance(dictionary))
-    torch.testing.assert_close(dictionary.denormalise(step.recon), dictionary(x).recon)
-    torch.testing.assert_close(dictionary.denormalise(step.target), target)
+    torch.testing.assert_close(dictionary.denormalise(step.recon, x), dictionary(x).recon)
+    torch.testing.assert_close(dictionary.denormalise(step.target, x), target)
 
 
 def test_leading_axes(dictionary: Dictionary) -> None:
     x, _ = inputs(dictionary, n_tokens=6)
     batched = x.unflatten(0, (2, 3))
     torch.testing.assert_close(dictionary(batched).recon.flatten(0, 1), dictionary(x).recon)
+    compact = dictionary.encode_sparse(batched)
+    torch.testing.assert_close(dictionary.decode(compact, batched), dictionary(x).recon)
 
 
 def test_scaling_the_activations_scales_the_reconstruction(dictionary: Dictionary) -> None:
     x, _ = inputs(dictionary)
     scaled = copy.deepcopy(dictionary)
-    scaled.read_scale /= 100
-    scaled.write_scale /= 100
+    if dictionary.input_norm == "none":  # a layer norm finds the scale by itself
+        scaled.read_scale /= 100
+        scaled.write_scale /= 100
     torch.testing.assert_close(scaled(100 * x).recon, 100 * dictionary(x).recon, rtol=1e-4, atol=1e-3)
 
 
@@ -223,10 +237,12 @@ def test_crosscoder_of_two_equal_sites_sums_their_encoders() -> None:
         torch.testing.assert_close(tiny.decode(latents)[:, i], latents @ tiny.W_dec[:, i] + tiny.b_dec[i])
 
 
-def test_a_skip_needs_the_input() -> None:
-    made = transcoder(skip=True)
-    with pytest.raises(DictlearnError, match=r"decode\(latents, x\)"):
-        made.decode(torch.zeros(2, 16))
+@pytest.mark.parametrize(
+    ("make", "part"), [(lambda: transcoder(skip=True), "a skip path"), (layer_norm_autoencoder, "a layer norm")]
+)
+def test_decode_needs_the_input_where_the_dictionary_does(make: Callable[[], Linear], part: str) -> None:
+    with pytest.raises(DictlearnError, match=rf"has {part}: decode\(latents, x\)"):
+        make().decode(torch.zeros(2, 16))
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -22,9 +22,12 @@ from dictlearn.types import DictlearnError, FormatError
 SITES = {True: (["resid_post.2"], ["resid_post.2"]), False: (["mlp_in.2"], ["mlp_out.2"])}
 
 
-def made(sparsifier: Sparsifier, autoencoder: bool = True, skip: bool = False) -> Dictionary:
+def made(
+    sparsifier: Sparsifier, autoencoder: bool = True, skip: bool = False, input_norm: str = "none"
+) -> Dictionary:
     reads, writes = SITES[autoencoder]
-    dictionary = Linear(6, 6 if autoencoder else 5, 16, sparsifier, reads, writes, skip=skip)
+    d_out = 6 if autoencoder else 5
+    dictionary = Linear(6, d_out, 16, sparsifier, reads, writes, skip=skip, input_norm=input_norm)
     for parameter in dictionary.parameters():
         parameter.data.normal_()
     dictionary.read_scale.fill_(0.5)
@@ -33,11 +36,16 @@ def made(sparsifier: Sparsifier, autoencoder: bool = True, skip: bool = False) -
     return dictionary.for_inference()
 
 
-CASES: dict[str, Any] = {
+SAE_LENS_CASES: dict[str, Any] = {
     "topk": lambda: made(TopK(4)),
     "standard": lambda: made(ReLU(0.1)),
+    "topk, layer_norm": lambda: made(TopK(4), input_norm="layer_norm"),
+    "standard, layer_norm": lambda: made(ReLU(0.1), input_norm="layer_norm"),
     "transcoder": lambda: made(ReLU(0.1), autoencoder=False),
     "skip_transcoder": lambda: made(ReLU(0.1), autoencoder=False, skip=True),
+}
+CASES = SAE_LENS_CASES | {
+    "dictlearn_linear, layer_norm": lambda: made(TopK(4), skip=True, input_norm="layer_norm"),
     "dictlearn_linear": lambda: made(TopK(4), autoencoder=False, skip=True),
     "dictlearn_crosscoder": lambda: Crosscoder.tiny().for_inference(),
 }
@@ -48,7 +56,13 @@ def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     cfg = json.loads((folder / "cfg.json").read_text())
     w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
     x = x.double()
-    assert cfg["normalize_activations"] == "none"
+    if cfg["normalize_activations"] == "layer_norm":
+        mean = x.sum(-1, keepdim=True) / x.shape[-1]
+        std = ((x - mean).square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt() + 1e-5
+    else:
+        assert cfg["normalize_activations"] == "none"
+        mean, std = 0, 1
+    x = (x - mean) / std
     pre = (x - cfg["apply_b_dec_to_input"] * w["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ w["W_enc"] + w[
         "b_enc"
     ]
@@ -61,16 +75,18 @@ def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
         latents = pre.relu()
     coded = latents / norms if cfg.get("rescale_acts_by_decoder_norm") else latents
     recon = coded @ w["W_dec"] + w["b_dec"]
-    return latents, recon + (x @ w["W_skip"].T if "W_skip" in w else 0)
+    return latents, (recon + (x @ w["W_skip"].T if "W_skip" in w else 0)) * std + mean
 
 
-@pytest.mark.parametrize("architecture", CASES)
-def test_round_trip(tmp_path: Path, architecture: str) -> None:
-    dictionary = CASES[architecture]()
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip(tmp_path: Path, case: str) -> None:
+    dictionary = CASES[case]()
     save(dictionary, tmp_path)
     loaded = dictlearn.load(tmp_path)
     assert isinstance(loaded, Dictionary)
-    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == architecture
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    architecture, _, input_norm = case.partition(", ")
+    assert (cfg["architecture"], cfg["normalize_activations"]) == (architecture, input_norm or "none")
     for name, parameter in dictionary.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name))
     assert (loaded.reads, loaded.writes, loaded.metadata) == (
@@ -83,14 +99,15 @@ def test_round_trip(tmp_path: Path, architecture: str) -> None:
     assert torch.equal(loaded(x).recon, dictionary(x).recon)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "standard", "transcoder", "skip_transcoder"])
-def test_sae_lens_reads_the_same_function(tmp_path: Path, architecture: str) -> None:
-    dictionary = CASES[architecture]()
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("case", SAE_LENS_CASES)
+def test_sae_lens_reads_the_same_function(tmp_path: Path, case: str, scale: float) -> None:
+    dictionary = SAE_LENS_CASES[case]()
     save(dictionary, tmp_path)
-    x = torch.randn(50, 6)
+    x = scale * torch.randn(50, 6)
     latents, recon = sae_lens_rule(tmp_path, x)
-    torch.testing.assert_close(dictionary.encode(x).double(), latents, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dictionary(x).recon.double(), recon, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dictionary.encode(x).double(), latents, rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(dictionary(x).recon.double(), recon, rtol=1e-5, atol=1e-5 * scale)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert {"d_in", "d_sae", "dtype", "metadata"} <= set(cfg)
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"
@@ -110,8 +127,9 @@ def foreign(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rescale", [True, False])
-def test_files_of_sae_lens_are_read_by_its_rule(tmp_path: Path, bias: bool, rescale: bool) -> None:
-    foreign(tmp_path, apply_b_dec_to_input=bias, rescale_acts_by_decoder_norm=rescale)
+@pytest.mark.parametrize("mode", ["none", "layer_norm"])
+def test_files_of_sae_lens_are_read_by_its_rule(tmp_path: Path, bias: bool, rescale: bool, mode: str) -> None:
+    foreign(tmp_path, apply_b_dec_to_input=bias, rescale_acts_by_decoder_norm=rescale, normalize_activations=mode)
     loaded = dictlearn.load(tmp_path)
     assert isinstance(loaded, Dictionary)
     x = torch.randn(40, 6)
@@ -147,7 +165,14 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         "b_dec has values that are not finite",
     ),
     "architecture": (lambda f: change_cfg(f, architecture="moe"), "architecture must be one of .*got 'moe'"),
-    "normalised": (lambda f: change_cfg(f, normalize_activations="layer_norm"), "must be 'none'"),
+    "normalised": (
+        lambda f: change_cfg(f, normalize_activations="constant_norm_rescale"),
+        "must be one of none, layer_norm .*got 'constant_norm_rescale'",
+    ),
+    "a layer-normed transcoder": (
+        lambda f: change_cfg(f, normalize_activations="layer_norm", architecture="transcoder", d_out=6),
+        "needs an autoencoder of one site",
+    ),
     "no width": (lambda f: change_cfg(f, d_in=None), "the widths are None and 16"),
     "huge": (lambda f: change_cfg(f, d_sae=10**12), "W_enc is .*but the widths are 6 and 1000000000000"),
     "metadata": (lambda f: change_cfg(f, metadata="x"), "missing or wrong field"),

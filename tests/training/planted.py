@@ -76,6 +76,6 @@ def member(
 ) -> Member:
     dictionary = Linear(D, D, 64, TopK(k), reads=[reads], writes=[writes])
     statistics = PlantedStream(1).statistics()
-    variance = prepare(dictionary, statistics, True, torch.Generator().manual_seed(seed))
+    variance = prepare(dictionary, statistics, "mean_norm", torch.Generator().manual_seed(seed))
     learner = Learner(name, dictionary, {"aux_k": AuxK()}, variance, dead_after, clip_norm)
     return Member(learner, Adam(lr, 1.0, (0.9, 0.999), 6.25e-10, clip_norm), WarmupDecay(1000, 0.2))

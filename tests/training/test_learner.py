@@ -27,7 +27,7 @@ def test_scales_make_the_mean_norm_the_root_of_the_width_and_losses_are_fvus() -
 
 def test_without_normalisation_scales_are_one() -> None:
     dictionary = Linear(D, D, 64, TopK(4))
-    variance = prepare(dictionary, PlantedStream(1).statistics(), False, torch.Generator())
+    variance = prepare(dictionary, PlantedStream(1).statistics(), "none", torch.Generator())
     acts = torch.cat([PlantedStream(1).batch(20_000 + i).acts["x"] for i in range(20)])
     assert dictionary.read_scale == dictionary.write_scale == 1
     assert float(variance) == pytest.approx(float((acts - acts.mean(0)).square().sum(-1).mean()), rel=1e-4)
@@ -46,7 +46,7 @@ def test_biases_start_at_the_means_of_the_sites() -> None:
 def test_the_loss_is_everything_it_should_be() -> None:
     """Reconstruction, the sparsifier's penalty and every term of the objective."""
     dictionary = Linear(D, D, 64, ReLU(0.3), ["x"], ["x"])
-    variance = prepare(dictionary, PlantedStream(1).statistics(), True, torch.Generator().manual_seed(0))
+    variance = prepare(dictionary, PlantedStream(1).statistics(), "mean_norm", torch.Generator().manual_seed(0))
 
     def term(step: Step) -> torch.Tensor:
         return step.recon.mean() ** 2 + 5.0

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.base import INPUT_NORMS
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.hub.codecs.base import read_json, read_shapes, read_tensors
 from dictlearn.hub.names import from_hook_name, to_hook_name
@@ -104,7 +105,7 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
+        "normalize_activations": dictionary.input_norm,  # the same words and rules there
         "reshape_activations": "none",
     }
     if not dictionary.is_autoencoder:
@@ -150,8 +151,11 @@ def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
     by_name = {name: key for key, name in SAE_LENS_NAMES.items()}
     if architecture not in by_name:
         raise DictlearnError(f"architecture must be one of {sorted(by_name)}, got {architecture!r}.")
-    if (mode := cfg.get("normalize_activations", "none")) != "none":
-        raise DictlearnError(f"normalize_activations must be 'none' (folded weights), got {mode!r}.")
+    if (mode := cfg.get("normalize_activations", "none")) not in INPUT_NORMS:
+        raise DictlearnError(
+            f"normalize_activations must be one of {', '.join(INPUT_NORMS)} (other modes must be folded into the "
+            f"weights), got {mode!r}."
+        )
     kind, autoencoder, skip = by_name[architecture]
     arguments = {"k": cfg["k"]} if kind == "top_k" else {"l1": 0.0}
     metadata = cfg.get("metadata", {})
@@ -166,6 +170,7 @@ def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
         writes=(write,),
         skip=skip,
         decoder_norm="free",
+        input_norm=mode,
     )
     dictionary.metadata = {"lm_name": metadata.get("model_name"), "ctx": metadata.get("context_size")}
     return dictionary
