@@ -13,6 +13,9 @@ from dictlearn.registry import kinds, lookup
 from dictlearn.types import DictlearnError, FormatError
 
 CODECS = "dictlearn.hub.codecs"
+CHOICES = (
+    "give a folder with cfg.json and weights, a run folder with dictionaries/*/cfg.json, or a quoted glob of either"
+)
 
 
 def load(ref: str | Path) -> Dictionary | dict[str, Dictionary]:
@@ -20,19 +23,24 @@ def load(ref: str | Path) -> Dictionary | dict[str, Dictionary]:
 
     Raises DictlearnError if there is nothing to load, FormatError if a folder is of no known format.
     """
-    if "cfg.json" in _files(Path(ref)):
-        return _read(Path(ref))
-    return {name: _read(folder) for name, folder in find(ref).items()}
+    path = _path(ref)
+    if "cfg.json" in _files(path):
+        return _read(path)
+    return {name: _read(folder) for name, folder in find(path).items()}
 
 
 def find(refs: str | Path | Sequence[str | Path]) -> dict[str, Path]:
     """Dictionary folders by name: `refs` are dictionary folders, run folders, or globs of either.
 
     A name is the folder's; where two are equal, each is preceded by the folder of its run.
+    Raises DictlearnError for a ref that holds no dictionary, and where two dictionaries would have one name.
     """
+    several = [refs] if isinstance(refs, str | Path) or not isinstance(refs, Sequence) else refs
+    if not several:
+        raise DictlearnError(f"The list of dictionaries to find is empty: {CHOICES}.")
     folders: list[Path] = []
-    for ref in [refs] if isinstance(refs, str | Path) else refs:
-        folders += [folder for folder in _expand(str(ref)) if folder not in folders]
+    for ref in several:
+        folders += [folder for folder in _expand(_path(ref)) if folder not in folders]
     names = [folder.name for folder in folders]
     unique = {f: f.name if names.count(f.name) == 1 else f"{_run_name(f)}_{f.name}" for f in folders}
     if len(set(unique.values())) < len(folders):
@@ -45,8 +53,18 @@ def save(dictionary: Dictionary, folder: str | Path) -> None:
     cast(Codec, lookup(CODECS, "native")()).write(dictionary, Path(folder))
 
 
-def _expand(ref: str) -> list[Path]:
-    paths = [Path(ref)] if Path(ref).exists() else [Path(path) for path in sorted(glob.glob(ref))]  # noqa: PTH207
+def _path(ref: object) -> Path:
+    if not isinstance(ref, str | Path):
+        raise DictlearnError(f"A dictionary is named by a path, got {ref!r} ({type(ref).__name__}): {CHOICES}.")
+    if not str(ref).strip():
+        raise DictlearnError(f"A dictionary is named by a path, got an empty one: {CHOICES}.")
+    return Path(ref)
+
+
+def _expand(ref: Path) -> list[Path]:
+    if ref.is_file():
+        raise DictlearnError(f"{str(ref)!r} is a file, and a dictionary is a folder of files: {CHOICES}.")
+    paths = [ref] if ref.exists() else [Path(path) for path in sorted(glob.glob(str(ref)))]  # noqa: PTH207
     folders: list[Path] = []
     for path in paths:
         if "cfg.json" in _files(path):
@@ -54,10 +72,8 @@ def _expand(ref: str) -> list[Path]:
         else:
             folders += [p.parent.resolve() for p in sorted((path / "dictionaries").glob("*/cfg.json"))]
     if not folders:
-        raise DictlearnError(
-            f"{ref!r} holds no dictionary: give a folder with cfg.json and weights, a run folder with "
-            f"dictionaries/*/cfg.json, or a quoted glob of either."
-        )
+        found = "holds no dictionary" if paths else "does not exist, so it holds no dictionary"
+        raise DictlearnError(f"{str(ref)!r} {found}: {CHOICES}.")
     return folders
 
 

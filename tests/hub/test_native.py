@@ -13,7 +13,7 @@ import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.hub import find, save
+from dictlearn.hub import save
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
@@ -150,9 +150,19 @@ def change_weights(folder: Path, **changes: Tensor | None) -> None:
     save_file({name: value for name, value in tensors.items() if value is not None}, path)
 
 
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: dict[str, tuple[Any, str]] = {
     "truncated": (lambda f: (f / "sae_weights.safetensors").write_bytes(b"\x08" * 40), "not a whole safetensors"),
-    "not json": (lambda f: (f / "cfg.json").write_text("{"), "not valid JSON"),
+    "not json": (lambda f: (f / "cfg.json").write_text("{"), "cfg.json is not valid JSON: Expecting"),
+    "empty": (lambda f: (f / "cfg.json").write_text(""), "not valid JSON"),
+    "not text": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe"), "not valid JSON: 'utf-8' codec"),
+    "too deep": (lambda f: (f / "cfg.json").write_text("[" * 200_000), "nested too deeply"),
+    "cfg a folder": (lambda f: as_folder(f / "cfg.json"), "cfg.json cannot be read: Is a directory"),
+    "weights a folder": (lambda f: as_folder(f / "sae_weights.safetensors"), "not a whole safetensors"),
     "a list": (lambda f: (f / "cfg.json").write_text("[]"), "must hold a JSON object, found list"),
     "wrong shape": (
         lambda f: change_weights(f, b_enc=torch.zeros(3)),
@@ -208,33 +218,15 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         dictlearn.load(tmp_path)
 
 
+def test_a_layer_norm_taken_away_is_noticed(tmp_path: Path) -> None:
+    save(CASES["topk, layer_norm"](), tmp_path)
+    change_cfg(tmp_path, normalize_activations="none")
+    with pytest.raises(FormatError, match=r"contradict metadata.dictlearn.*\('none', 'layer_norm'\)"):
+        dictlearn.load(tmp_path)
+
+
 def test_only_inference_dictionaries_are_written(tmp_path: Path) -> None:
     tiny = Linear.tiny()
     tiny.read_scale.fill_(2.0)
     with pytest.raises(DictlearnError, match="for_inference"):
         save(tiny, tmp_path)
-
-
-def test_run_folders_globs_and_lists(tmp_path: Path) -> None:
-    for run in ("one", "two"):
-        for name in ("resid_post.2", "mlp_out.2"):
-            save(CASES["topk"](), tmp_path / run / "dictionaries" / name)
-    loaded = dictlearn.load(tmp_path / "one")
-    assert isinstance(loaded, dict)
-    assert sorted(loaded) == ["mlp_out.2", "resid_post.2"]
-    assert sorted(find(str(tmp_path / "*"))) == [
-        "one_mlp_out.2",
-        "one_resid_post.2",
-        "two_mlp_out.2",
-        "two_resid_post.2",
-    ]
-    listed = [tmp_path / "one/dictionaries/mlp_out.2", tmp_path / "two/dictionaries/resid_post.2"]
-    assert list(find(listed)) == ["mlp_out.2", "resid_post.2"]
-
-
-def test_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(DictlearnError, match="holds no dictionary"):
-        dictlearn.load(tmp_path / "nowhere")
-    (tmp_path / "cfg.json").write_text("{}")
-    with pytest.raises(FormatError, match="matches none of"):
-        dictlearn.load(tmp_path)

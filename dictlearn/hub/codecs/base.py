@@ -39,6 +39,10 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path} is missing.") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise FormatError(f"{path} is not valid JSON: nested too deeply.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
@@ -53,7 +57,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise FormatError(f"{path} is missing.") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise FormatError(f"{path} is not a whole safetensors file: {error}.") from None
 
 
@@ -63,7 +67,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         tensors = load_file(path)
     except FileNotFoundError:
         raise FormatError(f"{path} is missing.") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise FormatError(f"{path} is not a whole safetensors file: {error}.") from None
     if set(tensors) != set(shapes):
         missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))

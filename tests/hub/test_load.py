@@ -1,0 +1,105 @@
+"""The doors `load` and `find`: what they open, and what they say of refs they cannot."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dictlearn
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub import find, load, save
+from dictlearn.types import DictlearnError, FormatError
+
+# Without the tests' type checker, which would refuse these values before the door does.
+DOORS: dict[str, Callable[[Any], Any]] = {"load": inspect.unwrap(load), "find": inspect.unwrap(find)}
+CHOICES = "give a folder with cfg.json and weights, a run folder with dictionaries/.*, or a quoted glob of either"
+
+
+def test_run_folders_globs_and_lists(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        for name in ("resid_post.2", "mlp_out.2"):
+            save(Linear.tiny().for_inference(), tmp_path / run / "dictionaries" / name)
+    loaded = dictlearn.load(tmp_path / "one")
+    assert isinstance(loaded, dict)
+    assert sorted(loaded) == ["mlp_out.2", "resid_post.2"]
+    assert sorted(find(str(tmp_path / "*"))) == [
+        "one_mlp_out.2",
+        "one_resid_post.2",
+        "two_mlp_out.2",
+        "two_resid_post.2",
+    ]
+    listed = [tmp_path / "one/dictionaries/mlp_out.2", tmp_path / "two/dictionaries/resid_post.2"]
+    assert list(find(listed)) == ["mlp_out.2", "resid_post.2"]
+
+
+def test_a_folder_of_no_known_format(tmp_path: Path) -> None:
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(FormatError, match="matches none of"):
+        dictlearn.load(tmp_path)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        (5, r"named by a path, got 5 \(int\)"),
+        (True, r"named by a path, got True \(bool\)"),
+        (None, r"named by a path, got None \(NoneType\)"),
+        ({"a": 1}, r"named by a path, got {'a': 1} \(dict\)"),
+        ("", "named by a path, got an empty one"),
+        (" ", "named by a path, got an empty one"),
+        ("nowhere", "'nowhere' does not exist, so it holds no dictionary"),
+        ("run*/nothing*", r"'run\*/nothing\*' does not exist"),
+        ("empty", "'empty' holds no dictionary"),
+        ("one/cfg.json", "'one/cfg.json' is a file, and a dictionary is a folder"),
+    ],
+)
+def test_refs_that_hold_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str, ref: object, message: str
+) -> None:
+    save(Linear.tiny().for_inference(), tmp_path / "one")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DictlearnError, match=f"{message}.*{CHOICES}"):
+        DOORS[door](ref)
+
+
+@pytest.mark.parametrize(
+    ("refs", "message"),
+    [
+        ([], "list of dictionaries to find is empty"),
+        ((), "list of dictionaries to find is empty"),
+        (["one", None], r"got None \(NoneType\)"),
+        (["one", 3], r"got 3 \(int\)"),
+        (["one", "nowhere"], "'nowhere' does not exist"),
+        ([["one"]], r"got \['one'\] \(list\)"),
+    ],
+)
+def test_lists_with_something_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refs: Any, message: str
+) -> None:
+    save(Linear.tiny().for_inference(), tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DictlearnError, match=f"{message}.*{CHOICES}"):
+        DOORS["find"](refs)
+
+
+def test_load_takes_one_ref() -> None:
+    with pytest.raises(DictlearnError, match=r"named by a path, got \['a', 'b'\] \(list\)"):
+        DOORS["load"](["a", "b"])
+
+
+def test_two_dictionaries_of_one_name_are_refused(tmp_path: Path) -> None:
+    for above in ("a", "b"):
+        save(Linear.tiny().for_inference(), tmp_path / above / "run" / "dictionaries" / "x")
+    with pytest.raises(DictlearnError, match="Two dictionaries would have the same name"):
+        find(str(tmp_path / "*" / "run"))
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    save(Linear.tiny().for_inference(), tmp_path)
+    (tmp_path / "cfg.json").write_text("{broken")
+    with pytest.raises(FormatError, match=r"cfg.json is not valid JSON: .* line 1 column 2"):
+        dictlearn.load(tmp_path)
