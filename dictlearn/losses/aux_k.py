@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,11 +21,16 @@ class AuxK:
     Args:
         coefficient: weight of the term; the paper uses 1/32.
         k: number of dead latents per token; None: half the read width.
+
+    Raises DictlearnError for a negative or infinite coefficient, and for a `k` that is no count.
     """
 
     def __init__(self, coefficient: float = 1 / 32, k: int | None = None) -> None:
-        if coefficient < 0 or (k is not None and k < 1):
-            raise DictlearnError(f"AuxK needs coefficient >= 0 and k >= 1, got {coefficient} and {k}.")
+        number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+        if not number or not 0 <= coefficient < math.inf:
+            raise DictlearnError(f"aux_k.coefficient must be a finite number, at least 0, got {coefficient!r}.")
+        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+            raise DictlearnError(f"aux_k.k must be null or a whole number, at least 1, got {k!r}.")
         self.coefficient, self.k = coefficient, k
 
     def __call__(self, step: Step) -> Scalar | None:

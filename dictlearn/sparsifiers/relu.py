@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -22,8 +23,8 @@ class ReLU(Sparsifier):
 
     def __init__(self, l1: float) -> None:
         super().__init__()
-        if l1 < 0:
-            raise DictlearnError(f"sparsifier.l1 must be at least 0, got {l1}.")
+        if isinstance(l1, bool) or not isinstance(l1, int | float) or not 0 <= l1 < math.inf:
+            raise DictlearnError(f"sparsifier.l1 must be a finite number, at least 0, got {l1!r}.")
         self.l1 = l1
 
     def forward(self, pre_acts: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch n_latents"]:

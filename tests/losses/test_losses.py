@@ -1,5 +1,9 @@
 """Losses against their formulas, written out in float64."""
 
+import math
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +14,7 @@ from dictlearn.losses.aux_k import AuxK
 from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.types import DictlearnError, Step
+from tests.sparsifiers.unchecked import unchecked
 
 DEAD = torch.tensor([1, 4, 9, 15])
 
@@ -103,9 +108,23 @@ def test_aux_k_without_dead_latents_costs_nothing() -> None:
     assert AuxK()(step_of(dead=None)) is None
 
 
-def test_aux_k_refuses_wrong_values() -> None:
-    with pytest.raises(DictlearnError, match="k >= 1, got"):
-        AuxK(k=0)
+@pytest.mark.parametrize("k", [0, -3, 2.5, 2.0, "4", True, math.nan])
+def test_aux_k_refuses_a_k_that_is_no_count(k: Any) -> None:
+    rule = f"aux_k.k must be null or a whole number, at least 1, got {k!r}."
+    with pytest.raises(DictlearnError, match=re.escape(rule)):
+        unchecked(AuxK, k=k)
+
+
+@pytest.mark.parametrize("coefficient", [-0.1, math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]])
+def test_aux_k_refuses_a_coefficient_that_is_no_weight(coefficient: Any) -> None:
+    rule = f"aux_k.coefficient must be a finite number, at least 0, got {coefficient!r}."
+    with pytest.raises(DictlearnError, match=re.escape(rule)):
+        unchecked(AuxK, coefficient=coefficient)
+
+
+def test_aux_k_takes_whole_coefficients() -> None:
+    assert AuxK(coefficient=0).coefficient == 0
+    assert AuxK(coefficient=1, k=7).k == 7
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

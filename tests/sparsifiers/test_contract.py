@@ -1,5 +1,9 @@
 """What holds for every sparsifier in the folder."""
 
+import math
+import re
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError
+from tests.sparsifiers.unchecked import unchecked
 
 
 @pytest.fixture(params=kinds("dictlearn.sparsifiers"))
@@ -43,10 +48,26 @@ def test_top_k_keeps_the_k_largest() -> None:
     assert latents.tolist() == [[0.0, 0.0, 5.0, 4.0], [0.0, 0.0, 7.0, 0.0]]
 
 
-def test_wrong_values_are_refused() -> None:
-    with pytest.raises(DictlearnError, match="whole number, at least 1, got 0"):
-        TopK(0)
+@pytest.mark.parametrize("k", [0, -1, 2.5, 4.0, "4", None, True, math.nan, [4]])
+def test_top_k_refuses_a_k_that_is_no_count(k: Any) -> None:
+    rule = f"sparsifier.k must be a whole number, at least 1, got {k!r}."
+    with pytest.raises(DictlearnError, match=re.escape(rule)):
+        unchecked(TopK, k=k)
+
+
+@pytest.mark.parametrize("l1", [-1.0, -1e-9, math.nan, math.inf, -math.inf, "a", "0.1", None, True, [0.1]])
+def test_relu_refuses_an_l1_that_is_no_weight(l1: Any) -> None:
+    rule = f"sparsifier.l1 must be a finite number, at least 0, got {l1!r}."
+    with pytest.raises(DictlearnError, match=re.escape(rule)):
+        unchecked(ReLU, l1=l1)
+
+
+def test_a_k_beyond_the_latents_is_refused() -> None:
+    TopK(8).check(8)
     with pytest.raises(DictlearnError, match="at most n_latents = 8, got 9"):
         TopK(9).check(8)
-    with pytest.raises(DictlearnError, match="at least 0"):
-        ReLU(-1.0)
+
+
+def test_whole_numbers_are_an_l1() -> None:
+    assert ReLU(0).l1 == 0
+    assert ReLU(2).l1 == 2
