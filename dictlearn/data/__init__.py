@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dictlearn.data.module import ActivationData
-    from dictlearn.data.normalize import SiteStatistics, estimate_statistics
+    from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics
+    from dictlearn.data.outliers import NormFilter
+    from dictlearn.data.sequences import Sequences, SequenceStream
     from dictlearn.data.stream import ActivationStream, Batch
-    from dictlearn.data.text import EmbeddedText, LocalText, Rows, TextData
+    from dictlearn.data.text import EmbeddedText, HubText, LocalText, Rows, TextData
     from dictlearn.data.tokens import TokenStore
 
 _HOME = {
@@ -20,11 +22,16 @@ _HOME = {
     "ActivationStream": "stream",
     "Batch": "stream",
     "EmbeddedText": "text",
+    "HubText": "text",
     "LocalText": "text",
+    "NormFilter": "outliers",
     "Rows": "text",
+    "SequenceStream": "sequences",
+    "Sequences": "sequences",
     "SiteStatistics": "normalize",
     "TextData": "text",
     "TokenStore": "tokens",
+    "estimate_norm_filter": "normalize",
     "estimate_statistics": "normalize",
 }
 __all__ = [
@@ -32,11 +39,16 @@ __all__ = [
     "ActivationStream",
     "Batch",
     "EmbeddedText",
+    "HubText",
     "LocalText",
+    "NormFilter",
     "Rows",
+    "SequenceStream",
+    "Sequences",
     "SiteStatistics",
     "TextData",
     "TokenStore",
+    "estimate_norm_filter",
     "estimate_statistics",
 ]
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dictlearn.data import schedule
+from dictlearn.data.base import to_device
+from dictlearn.data.outliers import NormFilter
 from dictlearn.types import TokenIds
 
 log = logging.getLogger(__name__)
@@ -20,10 +22,17 @@ class Pool:
     """`n_slices * (n_slices + 1) / 2` slots, each for one slice of a block; all sites share the places.
 
     `acts[site]` is [n_places, d] in the LM's dtype, `origin` is [n_places, 3]: token id, row, position. The last
-    place takes the tokens that are not kept.
+    place takes the tokens that are not counted. Activations that `norm_filter` does not keep have a place as all
+    others, and are left out of the order.
     """
 
-    def __init__(self, acts: Mapping[str, Tensor], n_slices: int, most_per_block: int) -> None:
+    def __init__(
+        self,
+        acts: Mapping[str, Tensor],
+        n_slices: int,
+        most_per_block: int,
+        norm_filter: NormFilter | None = None,
+    ) -> None:
         self.n_slices, self.slot_size = n_slices, math.ceil(most_per_block / n_slices)
         n_slots = n_slices * (n_slices + 1) // 2
         n_places = n_slots * self.slot_size + 1
@@ -33,6 +42,8 @@ class Pool:
             for site, value in acts.items()
         }
         self.origin = torch.empty(n_places, 3, dtype=torch.int64, device=device)
+        self.norm_filter = norm_filter
+        self.kept = torch.ones(n_places, dtype=torch.bool, device=device)
         self.free_slots = list(range(n_slots))
         self.alive: dict[tuple[int, int], tuple[int, int]] = {}  # (block, slice) -> its slot, its size
         size = sum(value.nbytes for value in self.acts.values())
@@ -53,8 +64,8 @@ class Pool:
             places[members] = slot * self.slot_size + np.arange(len(members))
         ctx = tokens.shape[1]
         origin = [tokens.numpy().ravel(), rows.repeat(ctx), np.tile(np.arange(ctx), len(rows))]
-        on_device = self._to_device(places)
-        self.origin.index_copy_(0, on_device, self._to_device(np.stack(origin, axis=1)))
+        on_device = to_device(places, self.origin.device)
+        self.origin.index_copy_(0, on_device, to_device(np.stack(origin, axis=1), self.origin.device))
         return on_device
 
     @torch.no_grad()
@@ -62,12 +73,19 @@ class Pool:
         """`acts[site]` [rows, ctx, d] of the tokens with these places, [rows * ctx]."""
         for site, pool in self.acts.items():
             pool.index_copy_(0, places, acts[site].flatten(0, 1))
+        if self.norm_filter is not None:
+            self.kept.index_copy_(0, places, self.norm_filter.keep(acts).flatten())
 
     def order(self, seed: int, group: int) -> Tensor:
-        """The places of a group's activations in the order in which they are used, [n]."""
+        """The places of a group's activations that are kept, in the order in which they are used, [n]."""
         slots = [self.alive[group - r, r] for r in self._slices(group)]
         first_to_last = [slot * self.slot_size + np.arange(size) for slot, size in slots]
-        return self._to_device(schedule.group_order(seed, group, first_to_last))
+        order = to_device(schedule.group_order(seed, group, first_to_last), self.origin.device)
+        return order if self.norm_filter is None else order[self.kept[order]]
+
+    def n_alive(self, group: int) -> int:
+        """Places of a group, kept or not."""
+        return sum(self.alive[group - r, r][1] for r in self._slices(group))
 
     def take(self, places: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Copies: site -> [n, d], and the origin, [n, 3]."""
@@ -84,9 +102,3 @@ class Pool:
     def _free(self, block: int, index: int) -> None:
         slot, _ = self.alive.pop((block, index))
         self.free_slots.append(slot)
-
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        if self.origin.is_cuda:  # pinned, so that the copy does not wait for the device
-            tensor = tensor.pin_memory().to(self.origin.device, non_blocking=True)
-        return tensor

@@ -7,31 +7,28 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dictlearn.data.packing import PackingSpec
-from dictlearn.data.sources import (
-    HASHES,
-    READERS,
-    EmbeddedSource,
-    FileSource,
-    Source,
-    SourceError,
-    document_hash,
-)
+from dictlearn.data.heldout import MOST_HELDOUT, heldout_threshold
+from dictlearn.data.packing import PackingSpec, write_atomically
+from dictlearn.data.readers import READERS, SourceError
+from dictlearn.data.sources import HASHES, EmbeddedSource, FileSource, Source
 from dictlearn.data.tokens import TokenStore
 from dictlearn.types import DictlearnError, TokenIds, TokenMask
 
+if TYPE_CHECKING:
+    from dictlearn.data.hub import HubSource
+
 log = logging.getLogger(__name__)
 FORMAT = 1  # of the token store; part of every fingerprint
-MOST_HELDOUT = 0.2  # of a small text
-SAMPLE_CHARS = 2**16  # tokenised to learn how many tokens a character is
+Unit = Literal["line", "file"]
 SPECIAL = ("bos", "eos", "pad", "sep", "cls", "mask")
 
 
@@ -54,6 +51,9 @@ class TextData(ABC):
 
     The shuffle (schedule.py): blocks of `block_rows` rows are cut into `n_slices` slices; about
     block_rows * ctx * (n_slices + 1) / 2 activations per site are in memory. The LM runs `lm_batch_rows` at once.
+
+    `max_norm_ratio`: tokens whose activation norm is above this many times the site's median norm, at any site,
+    are not trained on; None keeps all.
     """
 
     ctx: int = 128
@@ -62,16 +62,21 @@ class TextData(ABC):
     lm_batch_rows: int = 32
     block_rows: int = 256
     n_slices: int = 8
+    max_norm_ratio: float | None = None
     cache_dir: str | None = None
 
     @property
     @abstractmethod
-    def name(self) -> str:
+    def title(self) -> str:
         """What the text is, for messages and reports."""
 
     @abstractmethod
     def source(self) -> Source:
-        """Raises DictlearnError when there is no such text."""
+        """Raises DictlearnError or SourceError when there is no such text."""
+
+    def sample(self) -> Source:
+        """A source of the same documents whose beginning is cheap to look at."""
+        return self.source()
 
     def problems(self, n_positions: int | None = None) -> list[str]:
         """What is wrong with this configuration, one sentence each; `n_positions` is the LM's longest context.
@@ -95,10 +100,13 @@ class TextData(ABC):
             found.append(
                 f"data.heldout_fraction must be above 0 and at most {MOST_HELDOUT}, got {self.heldout_fraction!r}"
             )
+        ratio = self.max_norm_ratio
+        if ratio is not None and not (type(ratio) in (int, float) and 1 < ratio < float("inf")):
+            found.append(f"data.max_norm_ratio must be null or a number above 1, got {ratio!r}")
         try:
-            source = self.source()
+            source = self.sample()
             if next(source.documents(source.start, lambda _: True), None) is None:
-                found.append(f"data.path must hold text, but every document of {self.name} is blank")
+                found.append(f"data must hold text, but every document of {self.title} is blank")
         except (DictlearnError, SourceError) as error:
             found.append(str(error))
         return found
@@ -118,15 +126,15 @@ class TextData(ABC):
         if n_rows == 0:
             raise DictlearnError(
                 f"Held-out text must fill at least one row of data.ctx = {self.ctx} tokens, "
-                f"but the held-out documents of {self.name} do not: use a smaller data.ctx or more text"
+                f"but the held-out documents of {self.title} do not: use a smaller data.ctx or more text"
             )
         tokens = store.rows(0, n_rows)
         mask = store.mask(tokens)
         counted = int(mask.sum())
         if counted < n_tokens:
-            log.warning("%s has %d held-out tokens; %d were asked for", self.name, counted, n_tokens)
+            log.warning("%s has %d held-out tokens; %d were asked for", self.title, counted, n_tokens)
         info = {
-            "text": self.name,
+            "text": self.title,
             "split": "heldout",
             "heldout_fraction": store.spec.threshold / HASHES,
             "ctx": self.ctx,
@@ -138,10 +146,10 @@ class TextData(ABC):
 
     def _store(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenStore:
         backend = _backend(tokenizer)
-        source = self.source()
         try:
-            threshold = self._threshold(source, backend)
+            source = self.source()
             identity = source.identity()
+            threshold = self._threshold(source, identity, backend)
         except SourceError as error:
             raise DictlearnError(str(error)) from error
         special = special_ids(tokenizer)
@@ -156,17 +164,25 @@ class TextData(ABC):
         )
         tokenizer_json = backend.to_str()
         parts = [FORMAT, identity, tokenizer_json, {**asdict(spec), "source": None}]
-        fingerprint = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        fingerprint = _digest(parts)
         if split == "train":
-            log.info("%s: %.2f %% of the documents are held out", self.name, 100 * threshold / HASHES)
+            log.info("%s: %.2f %% of the documents are held out", self.title, 100 * threshold / HASHES)
         return TokenStore(
-            self._cache() / "tokens" / fingerprint, spec, source.start, tokenizer_json, f"{self.name} ({split})"
+            self._cache() / "tokens" / fingerprint, spec, source.start, tokenizer_json, f"{self.title} ({split})"
         )
 
-    def _threshold(self, source: Source, backend: Tokenizer) -> int:
+    def _threshold(self, source: Source, identity: dict[str, Any], backend: Tokenizer) -> int:
+        """Measured once: of a text that is streamed, that takes as long as downloading its beginning."""
         if source.endless:
             return int(self.heldout_fraction * HASHES)
-        return heldout_threshold(source, backend, self.heldout_fraction, self.heldout_min_tokens, self.ctx)
+        how = [self.heldout_fraction, self.heldout_min_tokens, self.ctx]
+        path = self._cache() / "heldout" / f"{_digest([FORMAT, identity, backend.to_str(), how])}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        threshold = heldout_threshold(source, backend, *how)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(threshold))
+        return threshold
 
     def _cache(self) -> Path:
         default = os.environ.get("DICTLEARN_CACHE") or Path.home() / ".cache" / "dictlearn"
@@ -180,7 +196,7 @@ class EmbeddedText(TextData):
     seed: int = 1
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         return f"embedded text, seed {self.seed}"
 
     def source(self) -> Source:
@@ -191,18 +207,66 @@ class EmbeddedText(TextData):
 class LocalText(TextData):
     """Text files: `path` is a file, a folder (with its subfolders) or a glob, of one format.
 
-    .txt: one document a line; .jsonl: one JSON object a line, and .parquet: the text in `column`.
+    .txt: one document a line or a file, as `document` says; .jsonl: one JSON object a line, and .parquet: `column`
+    has the text, or lists of token ids of this LM's tokenizer.
     """
 
     path: str = ""
     column: str = "text"
+    document: Unit = "line"
+    max_norm_ratio: float | None = 10.0
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         return str(self.path)
 
     def source(self) -> Source:
-        return FileSource(tuple(str(path) for path in text_files(str(self.path or ""))), self.column)
+        if self.document not in get_args(Unit):
+            choices = ", ".join(get_args(Unit))
+            raise DictlearnError(f"data.document must be one of {choices}, got {self.document!r}")
+        files = tuple(str(path) for path in text_files(str(self.path or "")))
+        if self.document == "file" and not files[0].endswith(".txt"):
+            raise DictlearnError(
+                f"data.document=file is for .txt files; a row of {self.column!r} is one document in {files[0]}"
+            )
+        return FileSource(files, self.column, self.document)
+
+
+@dataclass
+class HubText(TextData):
+    """A data set of the Hugging Face Hub, or a folder laid out like one (or written by save_to_disk).
+
+    `name` is its Hub id or the folder; `column` has the text, or lists of token ids of this LM's tokenizer.
+    Streaming reads what is needed, over the network; otherwise all of `config` is downloaded first. Both give the
+    same documents. `revision` is a branch, tag or commit; once looked up, it is the commit (and a folder is an
+    absolute path), so that what is recorded names the text exactly.
+    """
+
+    name: str = ""
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    streaming: bool = True
+    revision: str | None = None
+    max_norm_ratio: float | None = 10.0
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.config or 'default config'}, split {self.split}"
+
+    def source(self) -> Source:
+        return self._found
+
+    def sample(self) -> Source:
+        return replace(self._found, streaming=True)
+
+    @cached_property
+    def _found(self) -> HubSource:
+        from dictlearn.data.hub import find  # a second to import
+
+        found = find(self.name or "", self.config, self.split, self.column, self.streaming, self.revision)
+        self.name, self.revision = found.name, found.commit
+        return found
 
 
 def text_files(path: str) -> list[Path]:
@@ -237,45 +301,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {name: token for name, token in ids.items() if isinstance(token, int)}
 
 
-def heldout_threshold(source: Source, backend: Tokenizer, fraction: float, min_tokens: int, ctx: int) -> int:
-    """Documents of a finite source whose hash is below this are held out.
-
-    That is `fraction` of them. If that would be fewer than `min_tokens` tokens (estimated from the number of
-    characters), documents are added by rising hash until there are as many, at most a fifth of the tokens; but
-    at least one document, and about 2 rows, as long as half of the text stays for training.
-    """
-    tokens_per_char = _tokens_per_char(source, backend)
-    sizes: dict[int, float] = {}  # document hash -> estimated tokens; copies of a document share one
-    total = 0.0
-    for _, text in source.documents(source.start, lambda _: True):
-        n_tokens = len(text) * tokens_per_char
-        key = document_hash(text)
-        sizes[key] = sizes.get(key, 0.0) + n_tokens
-        total += n_tokens
-        if fraction * total >= min_tokens:
-            return int(fraction * HASHES)
-    least = min(2 * ctx, total / 2)
-    wanted = max(min(min_tokens, MOST_HELDOUT * total), least)
-    most = max(MOST_HELDOUT * total, least)
-    heldout = 0.0
-    for key in sorted(sizes):
-        if heldout >= wanted or (heldout and heldout + sizes[key] > most):
-            return key
-        heldout += sizes[key]
-    return max(sizes, default=0)  # the last document stays for training
-
-
-def _tokens_per_char(source: Source, backend: Tokenizer) -> float:
-    """Measured on the beginning of the text."""
-    sample: list[str] = []
-    left = SAMPLE_CHARS
-    for _, text in source.documents(source.start, lambda _: True):
-        sample.append(text[:left])
-        left -= len(sample[-1])
-        if left == 0:
-            break
-    encodings = backend.encode_batch_fast(sample, add_special_tokens=False)
-    return sum(len(encoding.ids) for encoding in encodings) / max(SAMPLE_CHARS - left, 1)
+def _digest(parts: Any) -> str:
+    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -27,6 +27,11 @@ POLL_SECONDS = 0.01
 NOTE_SECONDS = 5
 LOG_TAIL_CHARS = 2000
 PACKAGE_PARENT = Path(__file__).parents[2]
+WORKER_ENVIRONMENT = {
+    "USE_TORCH": "0",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 class TokenStore:
@@ -174,7 +179,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=self.output,
             stderr=self.output,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the training, which may still need rows
         )
         stdin = self.process.stdin

@@ -19,9 +19,13 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 
 from dictlearn.data.packing import LOCK_FILE, TOKENIZER_FILE, PackingSpec, Writer
-from dictlearn.data.sources import Cursor, SourceError, source_from
+from dictlearn.data.readers import Document, SourceError
+from dictlearn.data.sources import Cursor, Source, source_from
 
-FIRST_CHARS, MOST_CHARS = 2**15, 2**20  # text tokenised between two appends: little at first, for a fast start
+FIRST_CHARS, MOST_CHARS = (
+    2**15,
+    2**20,
+)  # characters or token ids between two appends: little at first, for a fast start
 POLL_SECONDS = 0.1
 NICENESS = 5  # runs ahead in what the training leaves free
 
@@ -36,25 +40,49 @@ def run(job: dict[str, Any]) -> None:
         if writer.meta.complete or writer.meta.n_counted >= job["n_counted"]:
             return
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        documents = source.documents(writer.meta.cursor, spec.keep)
-        for texts, cursor, last in _chunks(documents, writer.meta.cursor):
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            writer.append([encoding.ids for encoding in encodings], cursor, complete=last)
+        documents = _checked(source, source.documents(writer.meta.cursor, spec.keep), tokenizer, spec.bos)
+        for chunk, cursor, last in _chunks(documents, writer.meta.cursor):
+            writer.append(_token_ids(tokenizer, chunk), cursor, complete=last)
             if writer.meta.n_counted >= job["n_counted"]:
                 return
 
 
-def _chunks(documents: Iterator[tuple[Cursor, str]], cursor: Cursor) -> Iterator[tuple[list[str], Cursor, bool]]:
-    """(texts, cursor after them, whether the text ends here), each twice as long as the one before."""
-    texts: list[str] = []
+def _checked(
+    source: Source, documents: Iterator[tuple[Cursor, Document]], tokenizer: Tokenizer, bos: int | None
+) -> Iterator[tuple[Cursor, Document]]:
+    """Token ids without a BOS of their own, which the packer writes; SourceError where one is none of the LM's."""
+    n_ids = max(tokenizer.get_vocab().values()) + 1
+    for cursor, document in documents:
+        if isinstance(document, str):
+            yield cursor, document
+            continue
+        if (largest := max(document)) >= n_ids:
+            raise SourceError(
+                f"{source.place(cursor)}: token id {largest} is not in the vocabulary of the LM, which ends at "
+                f"{n_ids - 1}: the text was tokenised for another LM"
+            )
+        yield cursor, document[1:] if document[0] == bos else document
+
+
+def _token_ids(tokenizer: Tokenizer, documents: list[Document]) -> list[list[int]]:
+    texts = [document for document in documents if isinstance(document, str)]
+    encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    return [next(encodings).ids if isinstance(document, str) else document for document in documents]
+
+
+def _chunks(
+    documents: Iterator[tuple[Cursor, Document]], cursor: Cursor
+) -> Iterator[tuple[list[Document], Cursor, bool]]:
+    """(documents, cursor after them, whether the text ends here), each twice as long as the one before."""
+    chunk: list[Document] = []
     n_chars, limit = 0, FIRST_CHARS
-    for cursor, text in documents:
-        texts.append(text)
-        n_chars += len(text)
+    for cursor, document in documents:
+        chunk.append(document)
+        n_chars += len(document)
         if n_chars >= limit:
-            yield texts, cursor, False
-            texts, n_chars, limit = [], 0, min(2 * limit, MOST_CHARS)
-    yield texts, cursor, True
+            yield chunk, cursor, False
+            chunk, n_chars, limit = [], 0, min(2 * limit, MOST_CHARS)
+    yield chunk, cursor, True
 
 
 def _end_with(parent: int) -> None:

@@ -86,7 +86,7 @@ def unique_store(
 
 
 class Reader:
-    """A stand-in for the LM: at site "a" the token id and its row's first one, at "b" minus the id."""
+    """A stand-in for the LM: at site "a" the token id and its row's first one, at "b" minus and plus the id."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -96,7 +96,7 @@ class Reader:
         self.n_rows += len(tokens)
         self.calls.append(tuple(tokens.shape))
         a = torch.stack([tokens, tokens[:, 1:2].expand_as(tokens)], dim=-1).double()
-        return {"a": a, "b": -tokens[..., None].double()}
+        return {"a": a, "b": torch.stack([-tokens, tokens], dim=-1).double()}
 
 
 def make_stream(store: TokenStore, n_tokens: int, **changes: int) -> ActivationStream:

@@ -5,7 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dictlearn.data import sources
-from dictlearn.data.sources import HASHES, EmbeddedSource, FileSource, SourceError, document_hash, source_from
+from dictlearn.data.readers import SourceError
+from dictlearn.data.sources import HASHES, EmbeddedSource, FileSource, document_hash, source_from
 from tests.data.helpers import random_documents
 
 DOCUMENTS = [*random_documents(50), "ein Wörtchen: naïve 東京"]
