@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dictlearn.data import SiteStatistics
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.learner import Learner, prepare
 from dictlearn.training.optimizers import Adam, build_optimizer
-from dictlearn.types import Step
+from dictlearn.types import DictlearnError, Step
 from tests.training.planted import D, PlantedStream, member
 
 
@@ -31,6 +32,64 @@ def test_without_normalisation_scales_are_one() -> None:
     acts = torch.cat([PlantedStream(1).batch(20_000 + i).acts["x"] for i in range(20)])
     assert dictionary.read_scale == dictionary.write_scale == 1
     assert float(variance) == pytest.approx(float((acts - acts.mean(0)).square().sum(-1).mean()), rel=1e-4)
+
+
+def test_unknown_or_contradicting_normalisation_is_refused() -> None:
+    statistics, generator = PlantedStream(1).statistics(), torch.Generator()
+    with pytest.raises(DictlearnError, match="normalise must be one of mean_norm, none, layer_norm, got 'max'"):
+        prepare(Linear.tiny(), statistics, "max", generator)
+    for normalise, input_norm in (("layer_norm", "none"), ("mean_norm", "layer_norm"), ("none", "layer_norm")):
+        dictionary = Linear(D, D, 64, TopK(4), input_norm=input_norm)
+        with pytest.raises(DictlearnError, match=f"normalise={normalise} and a dictionary with.*={input_norm}"):
+            prepare(dictionary, statistics, normalise, generator)
+
+
+def layer_normed(scale: float) -> tuple[Tensor, dict[str, SiteStatistics]]:
+    """Planted activations, each token at a scale of its own, and their statistics written out in float64."""
+    make = torch.Generator().manual_seed(3)
+    x = PlantedStream(1, batch_size=4096).batch(20_000).acts["x"]
+    x = scale * x * torch.empty(len(x), 1).uniform_(0.1, 10.0, generator=make)
+    z = x.double() - x.double().mean(-1, keepdim=True)
+    z = z / (z.square().sum(-1, keepdim=True).div(D - 1).sqrt() + 1e-5)
+    spread = float((z - z.mean(0)).square().sum(-1).mean())
+    raw = PlantedStream(1).statistics()["x"]
+    return x, {"x": raw._replace(layer_norm_mean=z.mean(0), layer_norm_variance=spread)}
+
+
+@pytest.mark.parametrize("scale", [0.1, 50.0])
+def test_layer_norm_starts_from_the_statistics_of_normed_activations(scale: float) -> None:
+    x, statistics = layer_normed(scale)
+    dictionary = Linear(D, D, 64, TopK(4), input_norm="layer_norm")
+    variance = prepare(dictionary, statistics, "layer_norm", torch.Generator().manual_seed(0))
+    assert dictionary.read_scale == dictionary.write_scale == 1
+    z = dictionary.normalise(x)
+    torch.testing.assert_close(z.mean(0), dictionary.b_dec.detach(), atol=1e-5, rtol=1e-4)
+    at_mean = z.mean(0) @ dictionary.W_enc + dictionary.b_enc
+    torch.testing.assert_close(at_mean, torch.zeros(64), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        dictionary.W_dec.zero_()  # the mean predictor of z: its FVU is one
+    step = dictionary.step(x, x, variance)
+    assert float(dictionary.losses(step)["recon"]) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalise", ["mean_norm", "none", "layer_norm"])
+def test_a_start_takes_the_place_of_random_weights(normalise: str) -> None:
+    x, statistics = layer_normed(1.0)
+    input_norm = "layer_norm" if normalise == "layer_norm" else "none"
+    start = Linear(D, D, 64, TopK(4), input_norm=input_norm)
+    for parameter in start.parameters():
+        parameter.data.normal_()
+    start.project_()
+    start = start.for_inference()
+    dictionary = Linear(D, D, 64, TopK(4), input_norm=input_norm)
+    variance = prepare(dictionary, statistics, normalise, torch.Generator(), start)
+    fresh = Linear(D, D, 64, TopK(4), input_norm=input_norm)
+    assert variance == prepare(fresh, statistics, normalise, torch.Generator())
+    assert dictionary.read_scale == fresh.read_scale
+    torch.testing.assert_close(dictionary(x).recon, start(x).recon, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dictionary.for_inference().encode(x), start.encode(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(DictlearnError, match="n_latents is 64 there and 32 here"):
+        prepare(Linear(D, D, 32, TopK(4), input_norm=input_norm), statistics, normalise, torch.Generator(), start)
 
 
 def test_biases_start_at_the_means_of_the_sites() -> None:
