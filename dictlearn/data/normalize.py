@@ -13,7 +13,7 @@ from dictlearn.data.base import Read
 from dictlearn.data.outliers import NormFilter, norms
 from dictlearn.data.tokens import TokenStore
 from dictlearn.kernels import layer_norm
-from dictlearn.types import Acts, DictlearnError, TokenMask
+from dictlearn.types import DictlearnError, TokenMask
 
 N_MEDIAN = 16_384  # counted tokens that the limits of a norm filter are estimated on
 
@@ -112,8 +112,8 @@ class _Sums:
         self.norms: list[Tensor] = []
         self.total = self.squares = self.norm_total = self.z_total = self.z_squares = torch.tensor(0.0)
 
-    def add(self, counted: Acts, kept: Acts) -> None:
-        """Activations of the next counted tokens, and those of them that are kept, [*, d]."""
+    def add(self, counted: Float[Tensor, "n_counted d"], kept: Float[Tensor, "n_kept d"]) -> None:
+        """Activations of the next counted tokens, and those of them that are kept."""
         self.norms.append(norms(counted))
         if len(kept) == 0:
             return

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dictlearn.data
 from dictlearn.data import EmbeddedText, LocalText
-from dictlearn.data.sources import HASHES
+from dictlearn.data.sources import HASHES, FileSource
 from dictlearn.types import DictlearnError
 from tests.data.helpers import BOS, bos_tokenizer, brute_force_rows, random_documents, token_ids, word_tokenizer
 
@@ -167,6 +167,69 @@ def test_long_documents_are_not_cut(local):
     assert store.wait(10**6) * 15 > 400
 
 
+def test_a_document_is_a_line_or_a_file(tmp_path):
+    contents = ["\ufeffone\r\ntwo\n\nthree\n", "four", "", "  \n"]
+    for i, content in enumerate(contents):
+        (tmp_path / f"{i}.txt").write_bytes(content.encode())
+
+    def documents(unit, cursor=None):
+        source = LocalText(path=str(tmp_path), document=unit).source()
+        return list(source.documents(cursor or source.start, lambda _: True))
+
+    assert [d for _, d in documents("line")] == ["one", "two", "three", "four"]
+    whole = documents("file")
+    assert [d for _, d in whole] == ["one\ntwo\n\nthree", "four"]
+    assert [d for _, d in documents("file", whole[0][0])] == ["four"]
+    assert documents("file", whole[1][0]) == []
+    identities = [LocalText(path=str(tmp_path), document=unit).source().identity() for unit in ("line", "file")]
+    assert identities[0] != identities[1]
+
+
+def test_rows_of_whole_files(tmp_path):
+    (tmp_path / "set").mkdir()
+    documents = random_documents(90)
+    for i in range(30):
+        (tmp_path / "set" / f"{i:02d}.txt").write_text("\n".join(documents[3 * i : 3 * i + 3]))
+    text = LocalText(path=str(tmp_path / "set"), document="file", ctx=16, cache_dir=str(tmp_path))
+    store = text.train(bos_tokenizer())
+    rows = store.rows(0, store.wait(10**9)).tolist()
+    source = text.source()
+    kept = [token_ids(str(d)) for _, d in source.documents(source.start, store.spec.keep)]
+    assert 20 < len(kept) < 30
+    assert rows == brute_force_rows(kept, 16, BOS)
+
+
+def test_the_held_out_part_is_measured_once(local, monkeypatch):
+    """Of streamed text, measuring is downloading."""
+    text = local(random_documents(300))
+    first = text._store(bos_tokenizer(), "train").spec.threshold
+    monkeypatch.setattr("dictlearn.data.text.heldout_threshold", lambda *_: pytest.fail("measured again"))
+    assert text._store(bos_tokenizer(), "heldout").spec.threshold == first
+    monkeypatch.setattr("dictlearn.data.text.heldout_threshold", lambda *_: 17)
+    text.heldout_fraction = 0.1
+    assert text._store(bos_tokenizer(), "train").spec.threshold == 17
+    assert local(random_documents(301))._store(bos_tokenizer(), "train").spec.threshold == 17
+
+
+def test_no_more_is_read_than_makes_the_held_out_part_sure(tmp_path, monkeypatch):
+    """2 % of 400,000 tokens are 8,000: the rest of the text is not looked at."""
+    path = tmp_path / "text.txt"
+    documents = random_documents(2000)
+    path.write_text("".join(f"{documents[i % 2000]} w{i % 400} w{i // 400}\n" for i in range(30_000)))
+    n_read = []
+    original = FileSource.documents
+
+    def spy(self, cursor, keep):
+        for after, document in original(self, cursor, keep):
+            n_read.append(len(str(document).split()))
+            yield after, document
+
+    monkeypatch.setattr(FileSource, "documents", spy)
+    text = LocalText(path=str(path), cache_dir=str(tmp_path), heldout_min_tokens=8_000)
+    assert text._store(bos_tokenizer(), "train").spec.threshold == int(0.02 * HASHES)
+    assert sum(n_read) == pytest.approx(400_000, rel=0.03)
+
+
 def test_files_of_a_folder_and_a_glob(tmp_path):
     for name in ("b/2.txt", "a/1.txt", "a/3.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -193,6 +256,16 @@ def test_files_of_a_folder_and_a_glob(tmp_path):
         ("a.txt", "x", {"ctx": "long"}, "data.ctx must be a whole number of at least 2, got 'long'"),
         ("a.txt", "x", {"n_slices": 0}, "data.n_slices must be a whole number of at least 1"),
         ("a.txt", "x", {"heldout_fraction": 0.5}, "data.heldout_fraction must be above 0 and at most 0.2, got 0.5"),
+        ("a.txt", "x", {"document": "page"}, "data.document must be one of line, file, got 'page'"),
+        ("a.jsonl", '{"text": "x"}', {"document": "file"}, "data.document=file is for .txt files"),
+        ("a.txt", "x", {"max_norm_ratio": 1.0}, "max_norm_ratio must be null or a number above 1, got 1.0"),
+        ("a.txt", "x", {"max_norm_ratio": "10"}, "max_norm_ratio must be null or a number above 1, got '10'"),
+        (
+            "a.txt",
+            "x",
+            {"max_norm_ratio": float("nan")},
+            "max_norm_ratio must be null or a number above 1, got nan",
+        ),
         ("a.txt", "x", {"ctx": 99}, "data.ctx must be at most the LM's 64 positions, got 99"),
     ],
 )
