@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SiglipVisionConfig,
 )
 
 N_POSITIONS = 64
@@ -57,7 +66,7 @@ def _neox(parallel: bool) -> ConfigMaker:
     return make
 
 
-def _llama_like(config: Callable[..., PretrainedConfig], **extra: int) -> ConfigMaker:
+def _llama_like(config: Callable[..., PretrainedConfig], **extra: Any) -> ConfigMaker:
     def make(vocab: int, n_layers: int, d_model: int) -> PretrainedConfig:
         return config(
             vocab_size=vocab,
@@ -76,31 +85,67 @@ def _llama_like(config: Callable[..., PretrainedConfig], **extra: int) -> Config
     return make
 
 
-def _opt(vocab: int, n_layers: int, d_model: int) -> PretrainedConfig:
-    return OPTConfig(
+def _gemma3(vocab: int, n_layers: int, d_model: int) -> PretrainedConfig:
+    """As the larger ones are released: the language model beside one that sees images."""
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    text = CONFIGS["gemma3_text"](vocab, n_layers, d_model)
+    return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=vocab + 1)
+
+
+def _gptj(vocab: int, n_layers: int, d_model: int) -> PretrainedConfig:
+    return GPTJConfig(
         vocab_size=vocab,
-        num_hidden_layers=n_layers,
-        hidden_size=d_model,
-        word_embed_proj_dim=d_model,
-        ffn_dim=4 * d_model,
-        num_attention_heads=N_HEADS,
-        max_position_embeddings=N_POSITIONS,
+        n_layer=n_layers,
+        n_embd=d_model,
+        n_head=N_HEADS,
+        n_positions=N_POSITIONS,
+        rotary_dim=4,
         bos_token_id=0,
         eos_token_id=0,
-        pad_token_id=1,
     )
 
+
+def _opt(pre_norm: bool) -> ConfigMaker:
+    def make(vocab: int, n_layers: int, d_model: int) -> PretrainedConfig:
+        return OPTConfig(
+            vocab_size=vocab,
+            num_hidden_layers=n_layers,
+            hidden_size=d_model,
+            word_embed_proj_dim=d_model if pre_norm else d_model // 2,
+            ffn_dim=4 * d_model,
+            num_attention_heads=N_HEADS,
+            max_position_embeddings=N_POSITIONS,
+            do_layer_norm_before=pre_norm,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+
+    return make
+
+
+SMALL_WINDOW = {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 5}
 
 CONFIGS: dict[str, ConfigMaker] = {
     "gpt2": _gpt2,
     "gpt_neox": _neox(parallel=True),
     "gpt_neox_sequential": _neox(parallel=False),
     "llama": _llama_like(LlamaConfig),
-    "mistral": _llama_like(MistralConfig),
+    "mistral": _llama_like(MistralConfig, sliding_window=4),
     "qwen2": _llama_like(Qwen2Config),
     "qwen3": _llama_like(Qwen3Config, head_dim=12),  # heads wider together than d_model
+    "phi3": _llama_like(Phi3Config, sliding_window=4),
     "gemma": _llama_like(GemmaConfig, head_dim=12),
-    "opt": _opt,  # a family without readable site names
+    "gemma2": _llama_like(Gemma2Config, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **SMALL_WINDOW),
+    "gemma3_text": _llama_like(Gemma3TextConfig, sliding_window_pattern=2, **SMALL_WINDOW),
+    "gemma3": _gemma3,
+    "olmo2": _llama_like(Olmo2Config),
+    "opt": _opt(pre_norm=True),
+    "opt_post_norm": _opt(pre_norm=False),
+    "phi": _llama_like(PhiConfig),
+    "gptj": _gptj,  # a family without readable site names
 }
 
 

@@ -1,7 +1,7 @@
 """Language models: load them, name places in them, read and replace activations there."""
 
 from dictlearn.lm.load import LM, lm_config, load_lm, skeleton
-from dictlearn.lm.sites import file_name, resolve, resolve_pair
+from dictlearn.lm.sites import file_name, resolve, resolve_pair, site_width
 from dictlearn.lm.taps import activations, capture, edit, widths
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "load_lm",
     "resolve",
     "resolve_pair",
+    "site_width",
     "skeleton",
     "widths",
 ]

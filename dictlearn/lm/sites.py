@@ -11,20 +11,38 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dictlearn.types import DictlearnError, Site
+
+
+class Refusal(NamedTuple):
+    """Readable names that an architecture does not have, always or where its config says so.
+
+    `when`: the config entry and the value that make it so; None: always. `why` completes "it does not exist here:",
+    with `{}` for the layer.
+    """
+
+    kinds: tuple[str, ...]
+    why: str
+    when: tuple[str, object] | None = None
 
 
 class Family(NamedTuple):
     """Where the readable sites of one architecture are.
 
     `paths`: kind -> module path below the base model, `{}` for the layer. attn_out and mlp_out are the
-    contributions to the residual stream. `parallel`: the config entry that, when true, makes attention and MLP
-    both read resid_pre, so that resid_mid does not exist; None for architectures that are never parallel.
+    contributions to the residual stream, mlp_in what the MLP reads: where norms sit between the two, the raw
+    output of a module is its module path. The parent of the resid_mid module is the layer.
     """
 
     paths: dict[str, str]
-    parallel: str | None = None
+    refusals: tuple[Refusal, ...] = ()
+
+
+def _parallel(when: tuple[str, object] | None) -> Refusal:
+    why = "attention and MLP both read resid_pre.{}, and the stream between them is never computed"
+    return Refusal(("resid_mid",), f"{why}. Take attn_out.{{}} or resid_post.{{}}", when)
 
 
 GPT2 = Family(
@@ -54,7 +72,7 @@ GPT_NEOX = Family(
         "mlp_hidden": "layers.{}.mlp.dense_4h_to_h:in",
         "mlp_out": "layers.{}.mlp",
     },
-    parallel="use_parallel_residual",
+    refusals=(_parallel(when=("use_parallel_residual", True)),),
 )
 LLAMA = Family(
     {
@@ -70,14 +88,51 @@ LLAMA = Family(
         "mlp_out": "layers.{}.mlp",
     }
 )
-FAMILIES: dict[str, Family] = {  # by the config's model_type
+POST_NORMS = {"attn_out": "layers.{}.post_attention_layernorm", "mlp_out": "layers.{}.post_feedforward_layernorm"}
+GEMMA2 = Family(LLAMA.paths | POST_NORMS | {"resid_mid": "layers.{}.pre_feedforward_layernorm:in"})
+OLMO2 = Family(LLAMA.paths | POST_NORMS | {"resid_mid": "layers.{}.mlp:in"})  # modules read the stream itself
+OPT = Family(
+    {
+        "embed": "decoder.embed_tokens",
+        "resid_pre": "decoder.layers.{}:in",
+        "resid_mid": "decoder.layers.{}.final_layer_norm:in",
+        "resid_post": "decoder.layers.{}",
+        "attn_in": "decoder.layers.{}.self_attn:in",
+        "attn_z": "decoder.layers.{}.self_attn.out_proj:in",
+        "attn_out": "decoder.layers.{}.self_attn",
+        "mlp_in": "decoder.layers.{}.fc1:in",
+        "mlp_hidden": "decoder.layers.{}.fc2:in",
+        "mlp_out": "decoder.layers.{}.fc2",
+    },
+    refusals=(
+        Refusal(
+            ("resid_mid", "attn_out", "mlp_out"),
+            "norms stand on the residual stream itself, after each sum (as in OPT-350m): what attention and MLP "
+            "add does not sum up to resid_post.{}. Take resid_pre.{}, resid_post.{}, or the module path of the raw "
+            "output",
+            when=("do_layer_norm_before", False),
+        ),
+    ),
+)
+PHI = Family(
+    {kind: path for kind, path in LLAMA.paths.items() if kind != "resid_mid"}
+    | {"attn_z": "layers.{}.self_attn.dense:in", "mlp_hidden": "layers.{}.mlp.fc2:in"},
+    refusals=(_parallel(when=None),),
+)
+FAMILIES: dict[str, Family] = {  # by the text config's model_type
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "phi3": LLAMA,
     "gemma": LLAMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA2,
+    "olmo2": OLMO2,
+    "opt": OPT,
+    "phi": PHI,
 }
 KINDS = tuple(GPT2.paths)
 
@@ -87,7 +142,7 @@ def resolve(model: PreTrainedModel, name: str) -> Site:
 
     Only names are looked up, so a model on the meta device will do. Raises DictlearnError, with what the model
     has, for an unknown name, a layer it does not have, a readable name of a family that is not known by readable
-    names, or resid_mid where attention and MLP run in parallel.
+    names, or a readable name that its architecture does not have.
     """
     path, io = _split(name)
     if path in _module_paths(model):
@@ -96,8 +151,7 @@ def resolve(model: PreTrainedModel, name: str) -> Site:
     if kind not in KINDS:
         raise _unknown(model, name)
     path, io = _split(_path_of(model, name, kind, layer))
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    return Site(name, prefix + path, io)
+    return Site(name, _text_prefix(model) + path, io)
 
 
 def resolve_pair(model: PreTrainedModel, name: str) -> tuple[Site, Site]:
@@ -107,6 +161,25 @@ def resolve_pair(model: PreTrainedModel, name: str) -> tuple[Site, Site]:
         return resolve(model, f"mlp_in.{layer}"), resolve(model, f"mlp_out.{layer}")
     site = resolve(model, name)
     return site, site
+
+
+def site_width(model: PreTrainedModel, site: Site) -> int | None:
+    """The width d of a site without running the model, which may be on the meta device.
+
+    Known for readable names and for the inputs and outputs of linear layers and embeddings; None elsewhere.
+    """
+    match model.get_submodule(site.module), site.io:
+        case (nn.Linear(in_features=width), "in") | (nn.Linear(out_features=width), "out"):
+            return width
+        case (Conv1D(nx=width), "in") | (Conv1D(nf=width), "out") | (nn.Embedding(embedding_dim=width), "out"):
+            return width
+    kind = site.name.partition(".")[0]
+    return model.config.get_text_config().hidden_size if kind in KINDS else None
+
+
+def stream_layer(site: Site) -> str | None:
+    """The path of the layer whose residual stream passes by the site's module, which reads it: resid_mid alone."""
+    return site.module.rpartition(".")[0] if site.name.startswith("resid_mid.") else None
 
 
 def file_name(site_name: str) -> str:
@@ -138,13 +211,19 @@ def _path_of(model: PreTrainedModel, name: str, kind: str, layer: str) -> str:
             f"Site {name!r}: the layer must be 0 to {config.num_hidden_layers - 1}, as in '{kind}.0'; this model "
             f"has {config.num_hidden_layers} layers."
         )
-    if kind == "resid_mid" and family.parallel and getattr(config, family.parallel):
-        raise DictlearnError(
-            f"Site {name!r} does not exist here: with {family.parallel}=True attention and MLP both read "
-            f"resid_pre.{layer}, and the stream between them is never computed. Take attn_out.{layer} or "
-            f"resid_post.{layer}."
-        )
+    for refusal in family.refusals:
+        if kind in refusal.kinds and (refusal.when is None or getattr(config, refusal.when[0]) == refusal.when[1]):
+            setting = "in this architecture" if refusal.when is None else "with {}={}".format(*refusal.when)
+            why = refusal.why.replace("{}", layer)
+            raise DictlearnError(f"Site {name!r} does not exist here: {setting} {why}.")
     return family.paths[kind].format(layer)
+
+
+def _text_prefix(model: PreTrainedModel) -> str:
+    """The path of the model that the paths of a family start from, up to the dot: the base model, or the language
+    model in it where it reads images too."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return f"{prefix}language_model." if hasattr(model.base_model, "language_model") else prefix
 
 
 def _module_paths(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -35,7 +35,8 @@ def test_a_folder_loads_frozen_with_its_tokenizer(folder, input_ids, family):
     assert not lm.model.training
     assert not any(p.requires_grad for p in lm.model.parameters())
     assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
-    assert lm.model.config._attn_implementation == "sdpa"
+    eager = family in ("gemma2", "gptj")  # capped scores; not written for SDPA
+    assert lm.model.config._attn_implementation == ("eager" if eager else "sdpa")
     assert (lm.name, lm.revision, lm.dtype) == (str(folder(family)), None, "float32")
     assert (lm.vocab_size, lm.n_positions, lm.d_model, lm.device.type) == (97, 64, 16, "cpu")
     assert lm.tokenizer("w2 w96 w10")["input_ids"] == [2, 96, 10]

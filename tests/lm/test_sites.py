@@ -6,28 +6,37 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dictlearn.lm import activations, file_name, resolve, resolve_pair, skeleton, widths
+from dictlearn.lm import activations, file_name, resolve, resolve_pair, site_width, skeleton, widths
 from dictlearn.lm.sites import FAMILIES, KINDS
 from dictlearn.types import DictlearnError, Site
 from tests.lm.reference import REFERENCES
 
 N_LAYERS = 4
+ABSENT = {
+    "gpt_neox": {"resid_mid"},
+    "phi": {"resid_mid"},
+    "opt_post_norm": {"resid_mid", "attn_out", "mlp_out"},
+}
+OPEN_MLP = {"gpt2", "gpt_neox", "gpt_neox_sequential", "opt", "opt_post_norm"}  # 4 d_model wide, the others 3
+POST_NORMED = ["gemma2", "gemma3_text", "gemma3", "olmo2"]
 
 
 def names(family: str) -> list[str]:
     """All readable names of a tiny LM."""
-    kinds = [k for k in KINDS if k != "embed" and (k, family) != ("resid_mid", "gpt_neox")]
+    kinds = [k for k in KINDS if k not in {"embed"} | ABSENT.get(family, set())]
     return ["embed", *(f"{kind}.{layer}" for layer in range(N_LAYERS) for kind in kinds)]
 
 
 def test_every_family_of_the_table_is_tested(model):
-    assert {model(family).config.model_type for family in REFERENCES} == set(FAMILIES)
+    assert {model(family).config.get_text_config().model_type for family in REFERENCES} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", REFERENCES)
 def test_every_site_equals_a_computation_from_the_weights(model, input_ids, family):
     lm = model(family)
     expected = REFERENCES[family](lm.state_dict(), lm.config, input_ids)
+    with torch.inference_mode():
+        assert_close(lm(input_ids).logits, expected.pop("logits"), rtol=1e-4, atol=1e-4)
     assert expected.keys() == set(names(family))
     acts = activations(lm, [resolve(lm, name) for name in expected], input_ids)
     for name, value in expected.items():
@@ -41,20 +50,63 @@ def test_sites_agree_with_each_other_and_with_hidden_states(model, input_ids, fa
     with torch.inference_mode():
         hidden = lm(input_ids, output_hidden_states=True).hidden_states
     for i in range(N_LAYERS):
-        pre, attn, mlp = acts[f"resid_pre.{i}"], acts[f"attn_out.{i}"], acts[f"mlp_out.{i}"]
+        pre = acts[f"resid_pre.{i}"]
         assert torch.equal(pre, hidden[i])
-        assert_close(pre + attn + mlp, acts[f"resid_post.{i}"])
-        if family != "gpt_neox":
-            assert_close(pre + attn, acts[f"resid_mid.{i}"])
         if i:
             assert torch.equal(pre, acts[f"resid_post.{i - 1}"])
+        if "attn_out" not in ABSENT.get(family, ()):
+            assert_close(pre + acts[f"attn_out.{i}"] + acts[f"mlp_out.{i}"], acts[f"resid_post.{i}"])
+        if "resid_mid" not in ABSENT.get(family, ()):
+            assert_close(pre + acts[f"attn_out.{i}"], acts[f"resid_mid.{i}"])
+
+
+@pytest.mark.parametrize("family", POST_NORMED)
+def test_a_contribution_and_the_raw_output_of_its_module_are_two_sites(model, input_ids, family):
+    """And `mlp.L` reads what the MLP reads and writes what it adds to the stream."""
+    lm = model(family)
+    layer = resolve(lm, "resid_post.2").module
+    pairs = {"attn_out.2": f"{layer}.self_attn", "mlp_out.2": f"{layer}.mlp", "mlp_in.2": f"{layer}.mlp:in"}
+    acts = activations(lm, [resolve(lm, name) for name in (*pairs, *pairs.values())], input_ids)
+    for name, raw in list(pairs.items())[:2]:
+        assert (acts[name] - acts[raw]).abs().max() > 0.1
+        norm = lm.get_submodule(resolve(lm, name).module)
+        assert torch.equal(norm(acts[raw]), acts[name])
+    assert resolve_pair(lm, "mlp.2") == (resolve(lm, "mlp_in.2"), resolve(lm, "mlp_out.2"))
+    assert torch.equal(acts["mlp_in.2"], acts[f"{layer}.mlp:in"])
+    assert torch.equal(lm.get_submodule(f"{layer}.mlp")(acts["mlp_in.2"]), acts[f"{layer}.mlp"])
+
+
+def test_on_olmo2_the_modules_read_the_stream_itself(model, input_ids):
+    lm = model("olmo2")
+    names = ("resid_pre.2", "attn_in.2", "resid_mid.2", "mlp_in.2")
+    acts = activations(lm, [resolve(lm, name) for name in names], input_ids)
+    assert torch.equal(acts["resid_pre.2"], acts["attn_in.2"])
+    assert torch.equal(acts["resid_mid.2"], acts["mlp_in.2"])
 
 
 @pytest.mark.parametrize("family", REFERENCES)
 def test_a_skeleton_resolves_like_the_model(model, folder, family):
     lm, empty = model(family), skeleton(str(folder(family)))
-    for name in [*names(family), next(path for path, _ in lm.named_modules() if path.endswith(".mlp"))]:
+    for name in [*names(family), next(path for path, _ in lm.named_modules() if path.endswith(".1"))]:
         assert resolve(empty, name) == resolve(lm, name)
+
+
+@pytest.mark.parametrize("family", REFERENCES)
+def test_widths_are_known_without_running_the_model(model, folder, family):
+    lm, empty = model(family), skeleton(str(folder(family)))
+    sites = [resolve(lm, name) for name in names(family)]
+    found = {site.name: site_width(empty, site) for site in sites}
+    assert found == widths(lm, sites)
+    assert set(found.values()) >= {16, 64 if family in OPEN_MLP else 48}
+
+
+def test_widths_by_module_path(model):
+    lm = model("gpt2")
+    known = {"transformer.h.1.mlp.c_fc": 64, "transformer.h.1.mlp.c_fc:in": 16, "transformer.wte": 16}
+    for name, width in known.items():
+        assert site_width(lm, resolve(lm, name)) == width
+    assert site_width(lm, resolve(lm, "transformer.h.1.mlp")) is None
+    assert site_width(model("gptj"), resolve(model("gptj"), "transformer.h.1.mlp.fc_out:in")) == 64
 
 
 def test_widths(model):
@@ -77,8 +129,8 @@ def test_a_module_path_is_its_output_or_its_input(model, input_ids):
 
 
 def test_module_paths_work_for_families_without_readable_names(model, input_ids):
-    lm = model("opt")
-    site = resolve(lm, "model.decoder.layers.1")
+    lm = model("gptj")
+    site = resolve(lm, "transformer.h.1")
     with torch.inference_mode():
         hidden = lm(input_ids, output_hidden_states=True).hidden_states
     assert torch.equal(activations(lm, [site], input_ids)[site.name], hidden[2])
@@ -123,8 +175,17 @@ def test_file_names():
         ("gpt2", "transformer.h", r"no site 'transformer.h'"),  # a list of modules never runs
         ("gpt2", "", r"no site ''.*any module path \(like transformer\)"),
         ("gpt_neox", "resid_mid.1", r"use_parallel_residual=True.*resid_pre.1.*Take attn_out.1 or resid_post.1"),
-        ("opt", "resid_post.1", r"known for gpt2, .*gemma models, not for 'opt'.*e.g. model.decoder.layers.0, "),
-        ("opt", "model.decoder.layer.1", r"Did you mean model.decoder.layers.1 .*A site is any module path"),
+        ("phi", "resid_mid.1", r"in this architecture attention and MLP both read resid_pre.1.*Take attn_out.1 or"),
+        *(
+            (
+                "opt_post_norm",
+                name,
+                rf"'{name}' .*do_layer_norm_before=False norms stand on .*OPT-350m.*resid_post.1",
+            )
+            for name in ("resid_mid.1", "attn_out.1", "mlp_out.1")
+        ),
+        ("gptj", "resid_post.1", r"known for gpt2, .*phi models, not for 'gptj'.*e.g. transformer.h.0, "),
+        ("gptj", "transformer.g.1", r"Did you mean transformer.h.1 .*A site is any module path"),
     ],
 )
 def test_errors_state_the_rule_and_the_choices(model, family, name, message):

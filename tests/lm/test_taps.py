@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dictlearn.lm import activations, capture, edit, load_lm, resolve
 from dictlearn.types import DictlearnError, Site
 from tests.lm.reference import REFERENCES
-from tests.lm.test_sites import names
+from tests.lm.test_sites import ABSENT, names
 
 SITES = ["embed", "resid_pre.1", "resid_post.1", "attn_in.1", "attn_z.1", "attn_out.1", "mlp_in.1", "mlp_hidden.1"]
 SITES += ["mlp_out.1"]
@@ -40,10 +40,10 @@ def test_capture_leaves_logits_bit_identical(model, input_ids, family):
     assert all(torch.equal(acts[name], stopped[name]) for name in acts)
     with capture(lm, sites) as acts:
         assert torch.equal(logits(lm, input_ids[:1]), logits(lm, input_ids[:1]))
-    assert acts["embed"].shape == (1, 7, 16)  # the last forward counts
+    assert acts["resid_post.0"].shape == (1, 7, 16)  # the last forward counts
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "gemma3", "olmo2", "opt", "phi"])
 @pytest.mark.parametrize("name", SITES)
 def test_identity_edits_change_nothing_and_zero_edits_do(model, input_ids, family, name):
     lm = model(family)
@@ -89,6 +89,76 @@ def test_edits_reach_everything_downstream(model, input_ids):
     with edit(lm, {sites[2]: lambda x: delta.expand_as(x)}):
         acts = activations(lm, sites, input_ids)
     assert_close(acts["resid_mid.2"] - acts["resid_pre.2"], delta.expand(3, 7, 16), rtol=1e-4, atol=1e-4)
+
+
+WITH_RESID_MID = [family for family in REFERENCES if "resid_mid" not in ABSENT.get(family, ())]
+
+
+@pytest.mark.parametrize("family", WITH_RESID_MID)
+def test_an_edit_of_resid_mid_changes_the_stream(model, input_ids, family):
+    """What follows is that of the stream itself, not only of what the MLP reads of it."""
+    lm, new = model(family), torch.randn(3, 7, 16)
+    names = ("resid_mid.2", "mlp_out.2", "resid_post.2", "resid_pre.3")
+    mid, mlp_out, post, after = sites = [resolve(lm, name) for name in names]
+    before, clean = n_hooks(lm), logits(lm, input_ids)
+    with capture(lm, [post]) as outer, edit(lm, {mid: lambda _: new}):
+        acts = activations(lm, sites, input_ids)
+        edited = logits(lm, input_ids)
+    assert torch.equal(acts["resid_mid.2"], new)
+    for name in ("resid_post.2", "resid_pre.3"):
+        assert_close(acts[name], new + acts["mlp_out.2"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(outer["resid_post.2"], acts["resid_post.2"])  # hooks from before the edit see it as well
+    with edit(lm, {post: lambda _: new + acts["mlp_out.2"]}):
+        assert_close(logits(lm, input_ids), edited, rtol=1e-4, atol=1e-4)
+    with edit(lm, {mid: lambda _: new}), edit(lm, {mlp_out: torch.zeros_like}):
+        assert_close(activations(lm, [after], input_ids)["resid_pre.3"], new, rtol=1e-4, atol=1e-4)
+    with (
+        edit(lm, {mid: lambda _: new}),
+        pytest.raises(ZeroDivisionError),
+        edit(lm, {mlp_out: lambda x: x / (1 // 0)}),
+    ):
+        logits(lm, input_ids)  # a forward that ends in between leaves nothing behind
+    assert torch.equal(logits(lm, input_ids), clean)
+    assert n_hooks(lm) == before
+
+
+def test_gradients_of_an_edited_resid_mid_are_those_of_the_stream(model, input_ids):
+    lm, new = model("llama"), torch.randn(3, 7, 16, requires_grad=True)
+    embeds = lm.get_input_embeddings()(input_ids).detach().requires_grad_()
+    with edit(lm, {resolve(lm, "resid_mid.3"): lambda _: new}), capture(lm, [resolve(lm, "resid_post.3")]) as acts:
+        lm(inputs_embeds=embeds)
+    got = torch.autograd.grad(acts["resid_post.3"].sum(), (new, embeds), allow_unused=True, materialize_grads=True)
+    layer = lm.model.layers[3]
+    stream = new + layer.mlp(layer.post_attention_layernorm(new))
+    (expected,) = torch.autograd.grad(stream.sum(), new)
+    assert_close(got[0], expected)
+    assert_close(got[1], torch.zeros_like(embeds))  # nothing passes by
+
+
+@pytest.mark.parametrize(
+    "name", ["resid_mid.1", "mlp_in.1", "mlp_hidden.1", "mlp_out.1", "model.decoder.layers.1.fc1"]
+)
+def test_modules_that_see_all_tokens_as_one_row(model, input_ids, name):
+    """The MLPs of OPT work on [rows * ctx, d]: read and edited as [rows, ctx, d]."""
+    lm = model("opt")
+    site = resolve(lm, name)
+    act = activations(lm, [site], input_ids)[name]
+    assert act.shape == (3, 7, 64 if name in ("mlp_hidden.1", "model.decoder.layers.1.fc1") else 16)
+    for row in range(3):
+        alone = activations(lm, [site], input_ids[row : row + 1])[name]
+        assert_close(act[row], alone[0], rtol=1e-4, atol=1e-4)
+    with capture(lm, [site]) as acts:
+        lm(inputs_embeds=lm.get_input_embeddings()(input_ids))
+    assert torch.equal(acts[name], act)
+
+    def zero_second_row(x):
+        return torch.cat([x[:1], torch.zeros_like(x[1:2]), x[2:]])
+
+    with edit(lm, {site: zero_second_row}):
+        edited = logits(lm, input_ids)
+    changed = (edited - logits(lm, input_ids)).abs().amax((1, 2))
+    assert changed[1] > 1e-2
+    assert changed[[0, 2]].max() == 0
 
 
 def test_the_outer_block_comes_first(model, input_ids):
