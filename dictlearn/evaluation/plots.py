@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,27 @@ WIDTH, HEIGHT = 4.5, 3.0  # inches of one panel
 
 
 def plot_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """`<dictionary>_density` and `<dictionary>_l0`, where the report has histograms; the PNGs written."""
-    if "histograms" not in report:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
+    """`<dictionary>_density`, `_l0`, `_fvu_per_position` and `_ce_per_position`, where the report has the numbers;
+    returns the PNGs.
+    """
+    plots: dict[str, tuple[str, Callable[[Mapping[str, Any], Path], Path]]] = {
+        "density": ("histograms", plot_density),
+        "l0": ("histograms", plot_l0),
+        "fvu_per_position": ("reconstruction", plot_fvu_per_position),
+        "ce_per_position": ("behaviour", plot_ce_per_position),
+    }
+    found = {stem: plot for stem, (section, plot) in plots.items() if section in report}
+    if found:
+        folder.mkdir(parents=True, exist_ok=True)
     name = report["dictionary"]["name"]
-    return [
-        plot_density(report, folder / f"{name}_density.png"),
-        plot_l0(report, folder / f"{name}_l0.png"),
-    ]
+    return [plot(report, folder / f"{name}_{stem}.png") for stem, plot in found.items()]
 
 
 def plot_density(report: Mapping[str, Any], png: Path) -> Path:
     """How many latents fire on which share of the held-out tokens, log10; dead latents in the title."""
     table = pd.DataFrame(report["histograms"]["density"])
     sparsity = report["sparsity"]
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     axes[0].bar(table.log10_low, table.n_latents, width=table.log10_high - table.log10_low, align="edge")
     occupied = table[table.n_latents > 0]
     if len(occupied):
@@ -38,20 +43,54 @@ def plot_density(report: Mapping[str, Any], png: Path) -> Path:
     axes[0].set_ylabel("latents")
     name, n_dead, n_tokens = report["dictionary"]["name"], sparsity["n_dead"], sparsity["n_tokens"]
     axes[0].set_title(f"{name}: {n_dead} dead on {n_tokens:,} tokens", fontsize="small")
-    return _save(figure, table, png)
+    return save_plot(figure, table, png)
 
 
 def plot_l0(report: Mapping[str, Any], png: Path) -> Path:
     """How many tokens have which number of active latents."""
     table = pd.DataFrame(report["histograms"]["l0"])
     l0 = report["sparsity"]["l0"]
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     axes[0].bar(table.l0, table.n_tokens, width=1.0)
     axes[0].set_xlabel("active latents of a token (L0)")
     axes[0].set_ylabel("tokens")
     title = f"{report['dictionary']['name']}: mean {l0['mean']:.1f}, median {l0['median']:g}"
     axes[0].set_title(title, fontsize="small")
-    return _save(figure, table, png)
+    return save_plot(figure, table, png)
+
+
+def plot_fvu_per_position(report: Mapping[str, Any], png: Path) -> Path:
+    """FVU of the tokens at each position; a gap where none is counted."""
+    section = report["reconstruction"]
+    table = pd.DataFrame({"fvu": section["fvu_per_position"], "n_tokens": section["n_tokens_per_position"]})
+    table.insert(0, "position", range(len(table)))
+    figure, (ax,) = new_figure(1)
+    ax.plot(table.position, table.fvu.astype(float), marker=".", markersize=3, linewidth=1)
+    if section["fvu"] is not None:
+        ax.axhline(section["fvu"], color="gray", linewidth=1, linestyle="--", label="all positions")
+        ax.legend(fontsize="x-small")
+    ax.set_xlabel("position in the row")
+    ax.set_ylabel("FVU")
+    ax.set_ylim(bottom=0)
+    ax.set_title(report["dictionary"]["name"], fontsize="small")
+    return save_plot(figure, table, png)
+
+
+def plot_ce_per_position(report: Mapping[str, Any], png: Path) -> Path:
+    """Cross-entropy of the prediction made at each position: clean, reconstructed, mean-ablated (and, in the CSV
+    alone, zero-ablated).
+    """
+    section = report["behaviour"]
+    table = pd.DataFrame({**section["ce_per_position"], "n_tokens": section["n_tokens_per_position"]})
+    table.insert(0, "position", range(len(table)))
+    figure, (ax,) = new_figure(1)
+    for column, label in {"mean": "mean ablation", "rec": "reconstruction", "clean": "clean"}.items():
+        ax.plot(table.position, table[column].astype(float), marker=".", markersize=3, linewidth=1, label=label)
+    ax.legend(fontsize="x-small")
+    ax.set_xlabel("position in the row")
+    ax.set_ylabel("cross-entropy of the next token, nats")
+    ax.set_title(report["dictionary"]["name"], fontsize="small")
+    return save_plot(figure, table, png)
 
 
 def plot_training(metrics_csv: Path, folder: Path) -> Path | None:
@@ -67,7 +106,7 @@ def plot_training(metrics_csv: Path, folder: Path) -> Path | None:
     table = log.melt(["step", "n_tokens"], names).dropna()
     table[["dictionary", "metric"]] = table.pop("variable").str.rsplit("/", n=1, expand=True)
     metrics = list(dict.fromkeys(table.metric))
-    figure, axes = _figure(len(metrics))
+    figure, axes = new_figure(len(metrics))
     for ax, metric in zip(axes, metrics, strict=True):
         for name, line in table[table.metric == metric].groupby("dictionary", sort=False):
             ax.plot(line.n_tokens, line.value, label=str(name))
@@ -78,11 +117,12 @@ def plot_training(metrics_csv: Path, folder: Path) -> Path | None:
             ax.set_yscale("log")
     axes[0].legend(fontsize="x-small")
     folder.mkdir(parents=True, exist_ok=True)
-    return _save(figure, table, folder / "training.png")
+    return save_plot(figure, table, folder / "training.png")
 
 
-def _figure(n_panels: int) -> tuple[Figure, list[Any]]:
-    n_columns = min(n_panels, 3)
+def new_figure(n_panels: int, most_columns: int = 3) -> tuple[Figure, list[Any]]:
+    """A figure and its panels, in lines of at most `most_columns`."""
+    n_columns = min(n_panels, most_columns)
     n_lines = math.ceil(n_panels / n_columns)
     figure = Figure(figsize=(WIDTH * n_columns, HEIGHT * n_lines), layout="constrained")
     grid = figure.subplots(n_lines, n_columns, squeeze=False).flatten().tolist()
@@ -91,7 +131,8 @@ def _figure(n_panels: int) -> tuple[Figure, list[Any]]:
     return figure, grid[:n_panels]
 
 
-def _save(figure: Figure, table: pd.DataFrame, png: Path) -> Path:
+def save_plot(figure: Figure, table: pd.DataFrame, png: Path) -> Path:
+    """Write the PNG, and the table it is drawn from as a CSV under the same stem."""
     table.to_csv(png.with_name(f"{png.stem}.csv"), index=False)
     figure.savefig(png, dpi=120)
     return png

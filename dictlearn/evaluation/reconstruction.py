@@ -1,8 +1,9 @@
-"""The block `sparsity` and `reconstruction`: one LM pass for all dictionaries together."""
+"""The block `reconstruction`: sparsity, geometry and reconstruction, one LM pass for all dictionaries together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,103 +11,166 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dictlearn.dictionaries import Dictionary
-from dictlearn.evaluation.context import EvaluationContext, Sections, chunk_tokens, reconstruct
-from dictlearn.metrics.alignment import Alignment
-from dictlearn.metrics.geometry import duplicates
-from dictlearn.metrics.sparsity import L0, FiringCounts
-from dictlearn.metrics.variance import Variance
+from dictlearn.evaluation.context import (
+    EvaluationContext,
+    Sections,
+    chunk_tokens,
+    reconstruct,
+    target_means,
+)
+from dictlearn.evaluation.latents import latent_table
+from dictlearn.evaluation.sections import density_histogram, l0_histogram, per_position, per_site
+from dictlearn.metrics.alignment import alignment
+from dictlearn.metrics.geometry import nearest
+from dictlearn.metrics.ratio import Places, TokenRatio
+from dictlearn.metrics.sparsity import L0, LatentValues, n_active
+from dictlearn.metrics.variance import TokenFVU, Variance
+from dictlearn.types import SparseLatents
 
-DENSITY_EDGES = torch.arange(-80, 1, dtype=torch.float64) / 10  # log10 of the share of tokens
+RATIOS = ("fvu", "cosine", "l2_ratio", "relative_bias")  # the numbers of `reconstruction` with a standard error
+WORSE_THAN_MEAN = 1 + 1e-6  # FVU; the rest is rounding
 
 
 class Reconstruction:
-    """Sparsity and reconstruction on every counted token of the rows."""
+    """Sparsity and reconstruction on every counted token of the rows; docs/evaluation.md says what each number is.
+
+    Two LM passes, however many dictionaries: one for the means of the targets, one for all the rest. Masked tokens
+    (special ones, and those of the norm filter) enter `fvu_incl_masked` and nothing else.
+    """
 
     @torch.inference_mode()
     def run(self, context: EvaluationContext) -> dict[str, Sections]:
-        accounts = {name: _Account(d) for name, d in context.dictionaries.items()}
+        means = target_means(context)
+        n_rows, ctx = context.tokens.shape
+        accounts: dict[str, _Account] = {}
+        for name, d in context.dictionaries.items():
+            mean = torch.stack([means[site, context.mask_key(name)] for site in d.writes])
+            accounts[name] = _Account(d, mean, n_rows, ctx)
         for batch in context.batches("reconstruction"):
-            acts = context.counted_activations(list(context.sites), batch)
-            for account in accounts.values():
-                account.update(acts)
-        for account in accounts.values():
-            context.means.update(account.target_means())
+            acts = context.activations(batch)
+            for key, mask in batch.masks.items():
+                own = [account for name, account in accounts.items() if context.mask_key(name) == key]
+                _update(own, acts, batch.places(mask), mask)
         return {name: account.sections() for name, account in accounts.items()}
 
 
-class _Account:
-    """The metrics of one dictionary."""
+def _update(accounts: Sequence[_Account], acts: Mapping[str, Tensor], places: Places, mask: Tensor) -> None:
+    """Give activations `[rows, ctx, d]` to dictionaries that count the tokens of `mask`, which are at `places`."""
+    sites = dict.fromkeys(site for a in accounts for site in (*a.dictionary.reads, *a.dictionary.writes))
+    counted = {site: acts[site][mask] for site in sites}  # [n_counted, d]
+    masked = {site: acts[site][~mask] for site in sites}
+    for account in accounts:
+        account.update(counted, places)
+        account.update_masked(masked)
 
-    def __init__(self, dictionary: Dictionary) -> None:
-        self.dictionary = dictionary
+
+class _Account:
+    """The metrics of one dictionary, `mean` that of its target, over `n_rows` rows of `ctx` tokens."""
+
+    def __init__(
+        self, dictionary: Dictionary, mean: Float[Tensor, "n_writes d_out"], n_rows: int, ctx: int
+    ) -> None:
+        self.dictionary, self.mean = dictionary, mean
         n_writes, device = len(dictionary.writes), dictionary.W_dec.device
         self.variance = Variance(n_writes, dictionary.d_out).to(device)
-        self.alignment = Alignment(n_writes).to(device)
+        self.variance_masked = Variance(n_writes, dictionary.d_out).to(device)
+        self.token_fvu = TokenFVU(n_writes).to(device)
+        self.ratios = {name: TokenRatio(n_rows, ctx, n_writes).to(device) for name in RATIOS}
         self.l0 = L0(dictionary.n_latents).to(device)
-        self.firing = FiringCounts(dictionary.n_latents).to(device)
+        self.mean_l0 = TokenRatio(n_rows, ctx).to(device)
+        self.latents = LatentValues(dictionary.n_latents).to(device)
 
-    def update(self, acts: Mapping[str, Tensor]) -> None:
+    def update(self, acts: Mapping[str, Tensor], places: Places) -> None:
+        """`acts`: `[n_tokens, d]` by site, at the counted tokens; `places`: where these are."""
+        first = 0
+        for latents, target, recon in self._parts(acts):
+            here = places.select(slice(first, first + len(target)))
+            first += len(target)
+            self.l0.update(latents)
+            self.mean_l0.update(here, n_active(latents).unsqueeze(-1).double())
+            self.latents.update(latents)
+            self.variance.update(target, recon)
+            sse = (target.double() - recon.double()).square().sum(-1)  # [n_tokens, n_writes]
+            spread = (target.double() - self.mean).square().sum(-1)
+            self.token_fvu.update(sse, spread)
+            self.ratios["fvu"].update(here, sse, spread)
+            for name, parts in alignment(target, recon).items():
+                self.ratios[name].update(here, *parts)
+
+    def update_masked(self, acts: Mapping[str, Tensor]) -> None:
+        """The same at the masked tokens."""
+        for _, target, recon in self._parts(acts):
+            self.variance_masked.update(target, recon)
+
+    def _parts(self, acts: Mapping[str, Tensor]) -> Iterator[tuple[SparseLatents, Tensor, Tensor]]:
+        """Latents, target and reconstruction, `[n_tokens, n_writes, d_out]`, a chunk of tokens at a time."""
         d = self.dictionary
         targets = d.select_writes(acts)  # [n_tokens, d_out] or [n_tokens, n_writes, d_out]
-        targets = targets.unflatten(0, (-1, 1)) if targets.ndim == 2 else targets
+        if len(targets) == 0:
+            return
+        targets = targets.reshape(len(targets), len(d.writes), d.d_out)
         parts = zip(targets.split(chunk_tokens(d.n_latents)), reconstruct(d, d.select_reads(acts)), strict=True)
         for target, (latents, recon) in parts:
-            self.l0.update(latents)
-            self.firing.update(latents)
-            recon = recon.reshape(target.shape)  # [n_tokens, n_writes, d_out]
-            self.variance.update(target, recon)
-            self.alignment.update(target, recon)
-
-    def target_means(self) -> dict[str, Tensor]:
-        return dict(zip(self.dictionary.writes, self.variance.mean, strict=True))
+            yield latents, target, recon.reshape(target.shape)
 
     def sections(self) -> Sections:
-        n_tokens = int(self.firing.n_tokens)
-        firing, alignment = self.firing.compute(), self.alignment.compute()
-        n_zero_norm = int(alignment.pop("n_zero_norm").sum())
-        values = self.variance.compute() | alignment
+        neighbours = nearest(self.dictionary.flat_W_dec)
         return {
-            "sparsity": {
-                "l0": {name: float(value) for name, value in self.l0.compute().items()},
-                "n_dead": int(firing.pop("n_dead")),
-                **{name: float(value) for name, value in firing.items()},
-                "n_tokens": n_tokens,
+            "sparsity": self._sparsity(),
+            "geometry": {
+                "n_duplicates": neighbours.n_duplicates,
+                "mean_max_decoder_cosine": float(neighbours.cosine.nanmean()),
             },
-            "geometry": {"n_duplicates": int(duplicates(self.dictionary.flat_W_dec).sum())},
-            "reconstruction": {
-                **per_site(values, self.dictionary.writes),
-                "n_zero_norm": n_zero_norm,
-                "n_tokens": n_tokens,
-            },
+            "reconstruction": self._reconstruction(),
             "histograms": {
                 "l0": l0_histogram(self.l0.n_tokens_with),
-                "density": density_histogram(self.firing.density),
+                "density": density_histogram(self.latents.density),
             },
+            "warnings": self._warnings(),
+            "tables": {"latents": latent_table(self.dictionary, self.latents, neighbours)},
         }
 
-
-def per_site(values: Mapping[str, Float[Tensor, "*n_sites"]], sites: tuple[str, ...]) -> dict[str, Any]:
-    """Each value's mean over the sites; with several, a dict by site name under `per_site` as well."""
-    section: dict[str, Any] = {name: float(value.mean()) for name, value in values.items()}
-    if len(sites) > 1:
-        section["per_site"] = {
-            site: {name: float(value[i]) for name, value in values.items()} for i, site in enumerate(sites)
+    def _sparsity(self) -> dict[str, Any]:
+        counts = {
+            name: int(value) if name.startswith("n_") else float(value)
+            for name, value in self.latents.compute().items()
         }
-    return section
+        l0 = {name: float(value) for name, value in self.l0.compute().items()}
+        return {
+            "l0": l0 | {"stderr": float(self.mean_l0.stderr)},
+            "l1_mean": float(self.latents.l1_mean),
+            **counts,
+            "n_tokens": int(self.latents.n_tokens),
+        }
 
+    def _reconstruction(self) -> dict[str, Any]:
+        everything = copy.deepcopy(self.variance)
+        everything.merge_state(self.variance_masked)
+        cosine = self.ratios["cosine"]
+        n_tokens = int(self.latents.n_tokens)
+        values = {
+            **self.variance.compute(),
+            "fvu_incl_masked": everything.compute()["fvu"],
+            **self.token_fvu.compute(),
+            **{name: ratio.ratio for name, ratio in self.ratios.items() if name != "fvu"},
+        }
+        n_per_position = self.mean_l0.position_bottom[:, 0].long()  # [ctx]
+        course = self.ratios["fvu"].by_position  # [ctx, n_writes]
+        section = per_site(values, self.ratios, self.dictionary.writes)
+        for i, site in enumerate(section.get("per_site", {})):
+            section["per_site"][site]["fvu_per_position"] = per_position(course[:, i], n_per_position)
+        return {
+            **section,
+            "fvu_per_position": per_position(course.mean(-1), n_per_position),
+            "n_tokens_per_position": n_per_position.tolist(),
+            "n_zero_norm": n_tokens * len(self.dictionary.writes) - int(cosine.row_bottom.sum()),
+            "n_tokens": n_tokens,
+        }
 
-def l0_histogram(n_tokens_with: Tensor) -> dict[str, list[int]]:
-    """The L0 values that occur, and on how many tokens each does."""
-    (values,) = n_tokens_with.nonzero(as_tuple=True)
-    return {"l0": values.tolist(), "n_tokens": n_tokens_with[values].tolist()}
-
-
-def density_histogram(density: Float[Tensor, " n_latents"]) -> dict[str, list[float] | list[int]]:
-    """How many of the latents that are not dead have a density in each tenth of a decade, 1e-8 to 1."""
-    log10 = density[density > 0].log10().cpu()
-    counts = log10.clamp(min=DENSITY_EDGES[0].item()).histogram(DENSITY_EDGES).hist.long()  # [n_bins]
-    return {
-        "log10_low": DENSITY_EDGES[:-1].tolist(),
-        "log10_high": DENSITY_EDGES[1:].tolist(),
-        "n_latents": counts.tolist(),
-    }
+    def _warnings(self) -> list[str]:
+        fvus = self.variance.compute()["fvu"].reshape(-1).tolist()
+        return [
+            f"reconstruction.fvu at {site} is {fvu:.4g}: the mean of the target reconstructs it better"
+            for site, fvu in zip(self.dictionary.writes, fvus, strict=True)
+            if fvu > WORSE_THAN_MEAN
+        ]

@@ -11,12 +11,13 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 import dictlearn
@@ -24,7 +25,9 @@ from dictlearn.evaluation.context import EvaluationContext
 from dictlearn.registry import kind_of
 
 SCHEMA_VERSION = 1
-NUMBERS = re.compile(r"\[\n[\d\s.,eE+-]*\]")  # a list of numbers in indented JSON: goes on one line
+NUMBERS = re.compile(
+    r"\[\n(?:null|[\d\s.,eE+-])*\]"
+)  # a list of numbers or nulls in indented JSON: goes on one line
 PACKAGES = ("torch", "transformers", "torchmetrics")
 
 
@@ -36,9 +39,9 @@ def new_report(context: EvaluationContext, name: str) -> dict[str, Any]:
         "tool": {"name": "dictlearn", "version": dictlearn.__version__},
         "dictionary": dictionary_section(context, name),
         "lm": lm_section(context),
-        "data": data_section(context),
+        "data": data_section(context, name),
         "compute": compute_section(context),
-        "warnings": [],
+        "warnings": list(context.warnings.get(name, [])),
         "errors": [],
     }
 
@@ -70,10 +73,12 @@ def lm_section(context: EvaluationContext) -> dict[str, Any]:
     }
 
 
-def data_section(context: EvaluationContext) -> dict[str, Any]:
-    """`n_masked` tokens are neither measured nor replaced: special tokens, or a first position without BOS."""
+def data_section(context: EvaluationContext, name: str) -> dict[str, Any]:
+    """`n_masked` tokens are neither measured nor replaced: special tokens, a first position without BOS, and
+    `n_norm_filtered` tokens whose norm at one of this dictionary's sites is above `max_norm_ratio` x the median.
+    """
     n_rows, ctx = context.tokens.shape
-    n_counted = int(context.mask.sum())
+    n_counted = int(context.masks[context.mask_key(name)].sum())
     return {
         **context.data,
         "n_rows": n_rows,
@@ -81,6 +86,8 @@ def data_section(context: EvaluationContext) -> dict[str, Any]:
         "n_tokens": n_rows * ctx,
         "n_counted": n_counted,
         "n_masked": n_rows * ctx - n_counted,
+        "max_norm_ratio": context.max_norm_ratio,
+        "n_norm_filtered": int(context.mask.sum()) - n_counted,
     }
 
 
@@ -118,15 +125,36 @@ def without_nan(section: Any, path: str) -> tuple[Any, list[str]]:
     return section, []
 
 
+def value_at(report: Mapping[str, Any], path: str) -> Any:
+    """What a report has at a dotted path, `sparsity.l0.mean`; None where there is nothing."""
+    value: Any = report
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     """Write `folder/report.json`; a reader sees the old file or the new one, never a part.
 
     Raises ValueError where a number is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "report.json"
-    partial = folder / f".report.json.{os.getpid()}"
     text = json.dumps(report, indent=2, allow_nan=False)
-    partial.write_text(NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
-    partial.replace(file)
+    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n"
+    return write_whole(folder / "report.json", lambda file: file.write_text(text))
+
+
+def write_table(table: pd.DataFrame, file: Path) -> Path:
+    """Write a table as parquet, whole or not at all; missing values are null."""
+    return write_whole(file, lambda partial: table.to_parquet(partial, index=False))
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a file beside `file`, then put it in its place; make the folder if there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
     return file

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext, Sections
-from dictlearn.evaluation.report import new_report, without_nan, write_report
+from dictlearn.evaluation.report import new_report, without_nan, write_report, write_table
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,14 @@ class Results(NamedTuple):
 def evaluate(
     context: EvaluationContext, blocks: Mapping[str, EvaluationBlock], out_dir_of: Mapping[str, Path]
 ) -> Results:
-    """Run `blocks` in order and write `report.json` into each dictionary's folder after every one.
+    """Run `blocks` in order and write `report.json` into each dictionary's folder after every one, and the tables
+    of a block as `<table>.parquet` beside it. What was there is replaced.
 
     A block that fails is recorded under `errors` of the reports and the others still run; the caller should exit
     non-zero when `Results.errors` is not empty.
 
-    Raises DictlearnError, before anything runs, where a dictionary does not fit the LM.
+    Raises DictlearnError, before anything runs, where a dictionary does not fit the LM or the norm filter leaves no
+    token.
     """
     context.check_widths()
     reports = {name: new_report(context, name) for name in context.dictionaries}
@@ -45,6 +47,8 @@ def evaluate(
             _add(report, sections.get(name, {}), [errors[name]] if name in errors else [])
             report["compute"]["seconds"] += seconds
             report["compute"]["seconds_by_block"][block_name] = seconds
+            for table_name, table in sections.get(name, {}).get("tables", {}).items():
+                write_table(table, out_dir_of[name] / f"{table_name}.parquet")
             write_report(report, out_dir_of[name])
     return Results(reports)
 
@@ -77,7 +81,7 @@ def _add(report: dict[str, Any], sections: Sections, errors: list[str]) -> None:
     warnings = [*report.pop("warnings"), *sections.get("warnings", [])]
     errors = [*report.pop("errors"), *errors]
     for title, section in sections.items():
-        if title != "warnings":
+        if title not in ("warnings", "tables"):
             report[title], found = without_nan(section, title)
             warnings += found
     report |= {"warnings": warnings, "errors": errors}

@@ -8,6 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dictlearn.evaluation.report import value_at
+
 COLUMNS = {  # header -> where in the report, format; with a name of 12 letters the table is 80 wide
     "L0": ("sparsity.l0.mean", ".1f"),
     "dead": ("sparsity.frac_dead", ".1%"),
@@ -38,7 +40,5 @@ def _title(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cell(report: Mapping[str, Any], path: str, spec: str) -> str:
-    value: Any = report
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
+    value = value_at(report, path)
     return "-" if value is None else format(value, spec)

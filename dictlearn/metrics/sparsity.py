@@ -16,7 +16,17 @@ from dictlearn.types import Latents, SparseLatents
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
 
-DENSE = 10  # a latent that is active on more than one token in so many is dense
+# thresholds of a density by name: 1 / value is the density, so that counts are compared in integers
+OVER = {"1e-1": 10, "1e-2": 100}
+BELOW = {"1e-5": 10**5, "1e-6": 10**6, "1e-7": 10**7}
+
+
+def n_active(latents: Latents) -> Int[Tensor, " n_tokens"]:
+    """Active latents of each token of a sparse code, or of a dense one `[*, n_latents]`."""
+    if isinstance(latents, SparseLatents):
+        running = _zero_first((latents.values != 0).cumsum(0))  # [nnz + 1]
+        return running[latents.offsets].diff()
+    return (latents != 0).sum(-1).flatten()
 
 
 class L0(Metric):
@@ -32,11 +42,7 @@ class L0(Metric):
 
     def update(self, latents: Latents) -> None:
         """`latents`: a sparse code, or dense `[*, n_latents]`."""
-        if isinstance(latents, SparseLatents):
-            running = _zero_first((latents.values != 0).cumsum(0))  # [nnz + 1]
-            l0 = running[latents.offsets].diff()  # [n_tokens]
-        else:
-            l0 = (latents != 0).sum(-1).flatten()  # [n_tokens]
+        l0 = n_active(latents)
         self.n_tokens_with = self.n_tokens_with.index_add(0, l0, torch.ones_like(l0))
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
@@ -71,22 +77,64 @@ class FiringCounts(Metric):
             self.n_tokens = self.n_tokens + len(active)
 
     def compute(self) -> dict[str, Int[Tensor, ""] | Float[Tensor, ""]]:
-        """`n_dead`, `frac_dead`: latents that never fired. `frac_dense`: share of the latents that are active on
-        more than a tenth of the tokens; `mass_dense`: the share of all firings that is theirs.
+        """`n_dead`, `frac_dead`: latents that never fired.
+
+        By threshold of the density: `n_below_*`, how many latents are below it, dead ones included; `frac_over_*`,
+        which share of the latents is above it, and `mass_over_*`, which share of all firings is theirs.
         """
         n_dead = (self.n_fired == 0).sum()
-        dense = self.n_fired * DENSE > self.n_tokens
-        return {
-            "n_dead": n_dead,
-            "frac_dead": n_dead.double() / len(self.n_fired),
-            "frac_dense": dense.double().mean(),
-            "mass_dense": self.n_fired[dense].sum().double() / self.n_fired.sum(),
-        }
+        found = {"n_dead": n_dead, "frac_dead": n_dead.double() / len(self.n_fired)}
+        for name, one_in in BELOW.items():
+            found[f"n_below_{name}"] = (self.n_fired * one_in < self.n_tokens).sum()
+        for name, one_in in OVER.items():
+            over = self.n_fired * one_in > self.n_tokens
+            found[f"frac_over_{name}"] = over.double().mean()
+            found[f"mass_over_{name}"] = self.n_fired[over].sum().double() / self.n_fired.sum()
+        return found
 
     @property
     def density(self) -> Float[Tensor, " n_latents"]:
         """Share of tokens on which each latent is active, float64."""
         return self.n_fired.double() / self.n_tokens
+
+
+class LatentValues(FiringCounts):
+    """Firing counts, and how large the latents are where they are active, in the units of the code."""
+
+    total: Tensor  # [n_latents]
+    largest: Tensor  # [n_latents]
+    magnitude: Tensor  # []
+
+    def __init__(self, n_latents: int, **kwargs: Any) -> None:
+        super().__init__(n_latents, **kwargs)
+        self.add_state("total", torch.zeros(n_latents, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("largest", torch.full((n_latents,), -torch.inf), dist_reduce_fx="max")
+        self.add_state("magnitude", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, latents: Latents) -> None:
+        if not isinstance(latents, SparseLatents):
+            latents = SparseLatents.from_dense(latents.flatten(0, -2))
+        super().update(latents)
+        values, indices = latents.values, latents.indices.long()
+        self.total = self.total.index_add(0, indices, values.double())
+        of_active = torch.where(values != 0, values, -torch.inf).to(self.largest.dtype)
+        self.largest = self.largest.scatter_reduce(0, indices, of_active, "amax")
+        self.magnitude = self.magnitude + values.abs().sum(dtype=torch.float64)
+
+    @property
+    def mean(self) -> Float[Tensor, " n_latents"]:
+        """Mean value of each latent over the tokens on which it is active; NaN for a dead one."""
+        return self.total / self.n_fired
+
+    @property
+    def max(self) -> Float[Tensor, " n_latents"]:
+        """Largest value of each latent; NaN for a dead one."""
+        return self.largest.masked_fill(self.n_fired == 0, torch.nan)
+
+    @property
+    def l1_mean(self) -> Float[Tensor, ""]:
+        """Mean over tokens of sum |latent|."""
+        return self.magnitude / self.n_tokens
 
 
 def _zero_first(values: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -96,11 +98,38 @@ def true_mlp(lm: LM, layer: int, reads: str, writes: str) -> Linear:
 
 
 def context_of(
-    lm: LM, tokens: Tensor, dictionaries: Mapping[str, Dictionary], mask: Tensor | None = None, batch_rows: int = 5
+    lm: LM,
+    tokens: Tensor,
+    dictionaries: Mapping[str, Dictionary],
+    mask: Tensor | None = None,
+    batch_rows: int = 5,
+    max_norm_ratio: float | None = None,
 ) -> EvaluationContext:
     """BOS tokens are masked unless a mask is given."""
     mask = tokens != 0 if mask is None else mask
-    return EvaluationContext(lm, dictionaries, tokens, mask, {"name": "random"}, batch_rows)
+    return EvaluationContext(
+        lm, dictionaries, tokens, mask, {"name": "random"}, batch_rows, max_norm_ratio=max_norm_ratio
+    )
+
+
+@contextmanager
+def forwards_counted(lm: LM) -> Iterator[list[str]]:
+    """One entry for every forward that begins inside the block."""
+    seen: list[str] = []
+    handle = lm.model.get_submodule("transformer.h.0").register_forward_hook(lambda *_: seen.append("forward"))
+    yield seen
+    handle.remove()
+
+
+def flat(section: object, name: str = "") -> dict[str, float]:
+    """Every number of a report section, however deep, by path; None as NaN."""
+    if isinstance(section, dict):
+        return {k: v for key, part in section.items() for k, v in flat(part, f"{name}.{key}").items()}
+    if isinstance(section, list):
+        return {k: v for i, part in enumerate(section) for k, v in flat(part, f"{name}[{i}]").items()}
+    if section is None:
+        return {name: math.nan}
+    return {name: float(section)} if isinstance(section, int | float) else {}
 
 
 def counted_mean(lm: LM, tokens: Tensor, mask: Tensor, layer: int = 1) -> Tensor:

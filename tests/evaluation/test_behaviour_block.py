@@ -25,6 +25,8 @@ from tests.evaluation.conftest import (
     constant,
     context_of,
     counted_mean,
+    flat,
+    forwards_counted,
     true_mlp,
 )
 
@@ -64,8 +66,11 @@ def test_identity(lm: LM, tokens: Tensor, mask: str) -> None:
     got = run(lm, tokens, autoencoder(), mask=masks(tokens)[mask])
     assert got["delta_ce"] == pytest.approx(0, abs=1e-6)
     assert got["kl_rec"] == pytest.approx(0, abs=1e-6)
+    assert got["top1_agree"] == 1
+    assert got["stderr"]["delta_ce"] < 1e-6 < got["stderr"]["ce_clean"]  # paired
     for name in ALL:
         assert got[f"{name[:2]}_recovered_{name[3:]}"] == pytest.approx(1, abs=1e-5)
+        assert got["stderr"][f"{name[:2]}_recovered_{name[3:]}"] == pytest.approx(0, abs=1e-5)
         assert got[name] > (got["ce_clean"] if name.startswith("ce") else 0) + 0.01  # the test has teeth
 
 
@@ -98,7 +103,10 @@ def test_against_a_slow_version(lm: LM, tokens: Tensor) -> None:
         "zero": lambda a: 0 * a,
         "mean": lambda a: 0 * a + mean,
     }
-    sums = dict.fromkeys(["ce_clean", "ce_rec", "ce_zero", "ce_mean", "kl_rec", "kl_zero", "kl_mean"], 0.0)
+    names = ["ce_clean", "ce_rec", "ce_zero", "ce_mean", "kl_rec", "kl_zero", "kl_mean", "top1_agree"]
+    sums: dict[str, float] = dict.fromkeys(names, 0.0)
+    by_row: list[dict[str, float]] = []
+    by_position: dict[str, list[list[float]]] = {way: [[] for _ in range(CTX - 1)] for way in ways}
     block = lm.model.get_submodule("transformer.h.1")
     for row, counted in zip(tokens, mask, strict=True):
         log_p: dict[str, list[list[float]]] = {}
@@ -111,14 +119,19 @@ def test_against_a_slow_version(lm: LM, tokens: Tensor) -> None:
             logits = lm.model(row[None]).logits[0].double()
             handle.remove()
             log_p[way] = (logits - logits.exp().sum(-1, keepdim=True).log()).tolist()
+        before = dict(sums)
         for position in range(CTX - 1):
             if not counted[position + 1]:
                 continue
+            best = [max(range(97), key=log_p[way][position].__getitem__) for way in ("clean", "rec")]
+            sums["top1_agree"] += best[0] == best[1]
             for way, values in log_p.items():
+                by_position[way][position].append(-values[position][row[position + 1]])
                 sums[f"ce_{way}"] -= values[position][row[position + 1]]
                 if way != "clean":
                     pairs = zip(log_p["clean"][position], values[position], strict=True)
                     sums[f"kl_{way}"] += sum(math.exp(p) * (p - q) for p, q in pairs)
+        by_row.append({name: sums[name] - before[name] for name in names})
     expected = {name: total / got["n_tokens"] for name, total in sums.items()}
     expected["delta_ce"] = expected["ce_rec"] - expected["ce_clean"]
     for way in ("zero", "mean"):
@@ -127,6 +140,29 @@ def test_against_a_slow_version(lm: LM, tokens: Tensor) -> None:
         expected[f"kl_recovered_{way}"] = 1 - expected["kl_rec"] / expected[f"kl_{way}"]
     assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert got["ce_rec"] - got["ce_clean"] > 0.01
+    assert 0.05 < got["top1_agree"] < 0.95
+    for way, at_positions in by_position.items():
+        means = [sum(values) / len(values) if values else None for values in at_positions]
+        assert got["ce_per_position"][way] == [m if m is None else pytest.approx(m, rel=1e-4) for m in means]
+    assert got["n_tokens_per_position"] == [len(values) for values in by_position["clean"]]
+    n = mask[:, 1:].sum(1).tolist()
+
+    def stderr(name: str) -> float:
+        sum_sq = sum((row[name] - expected[name] * m) ** 2 for row, m in zip(by_row, n, strict=True))
+        return math.sqrt(N_ROWS / (N_ROWS - 1) * sum_sq) / sum(n)
+
+    for row in by_row:
+        row["delta_ce"] = row["ce_rec"] - row["ce_clean"]
+    for name in [*names, "delta_ce"]:
+        assert got["stderr"][name] == pytest.approx(stderr(name), rel=1e-3), name
+    # of a recovered share by leaving out a row at a time (the jackknife), which agrees in first order
+    for way in ("zero", "mean"):
+        left_out = []
+        for row in by_row:
+            ablated, rec, clean = (sums[f"ce_{w}"] - row[f"ce_{w}"] for w in (way, "rec", "clean"))
+            left_out.append((ablated - rec) / (ablated - clean))
+        spread = torch.tensor(left_out).std().item() * (N_ROWS - 1) / math.sqrt(N_ROWS)
+        assert got["stderr"][f"ce_recovered_{way}"] == pytest.approx(spread, rel=0.2)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 7, 100])
@@ -136,28 +172,42 @@ def test_batch_and_chunk_size_do_not_matter(
     expected = run(lm, tokens, autoencoder(0.7))
     monkeypatch.setattr(context_module, "CHUNK_ELEMENTS", 97 * 3)
     order = torch.randperm(N_ROWS)
-    assert run(lm, tokens[order], autoencoder(0.7), batch_rows=batch_rows) == pytest.approx(expected, rel=1e-4)
+    got = run(lm, tokens[order], autoencoder(0.7), batch_rows=batch_rows)
+    assert flat(got) == pytest.approx(flat(expected), rel=1e-4, abs=1e-7, nan_ok=True)
 
 
 def test_right_padding_changes_nothing(lm: LM, tokens: Tensor) -> None:
     padded = torch.cat([tokens, torch.zeros(N_ROWS, 9, dtype=torch.int64)], dim=1)
-    assert run(lm, padded, autoencoder(0.7)) == pytest.approx(run(lm, tokens, autoencoder(0.7)), rel=1e-4)
+    got, expected = run(lm, padded, autoencoder(0.7)), run(lm, tokens, autoencoder(0.7))
+    assert not any(got["n_tokens_per_position"][CTX - 1 :])
+    got["ce_per_position"] = {way: ces[: CTX - 1] for way, ces in got["ce_per_position"].items()}
+    got["n_tokens_per_position"] = got["n_tokens_per_position"][: CTX - 1]
+    assert flat(got) == pytest.approx(flat(expected), rel=1e-4, nan_ok=True)
 
 
-def test_masked_positions_are_read_by_nobody(lm: LM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("poison", [1e6, math.nan])
+def test_masked_positions_are_read_by_nobody(
+    lm: LM, tokens: Tensor, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the logits of predictions that do not count nor activations at masked positions."""
     expected = run(lm, tokens, autoencoder(0.7))
-    true_run = behaviour_module._clean_run
+    true_run, true_activations = behaviour_module._clean_run, context_module.activations
 
-    def checked(
+    def poisoned_run(
         context: context_module.EvaluationContext, batch: context_module.RowBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logits, reads = true_run(context, batch)
-        assert {len(acts) for acts in reads.values()} == {int(batch.mask.sum())}
         counted = torch.zeros_like(batch.mask)
         counted[:, :-1] = batch.mask[:, 1:]
-        return logits.masked_fill(~counted[..., None], math.nan), reads
+        hidden = {name: acts.masked_fill(~batch.mask[..., None], poison) for name, acts in reads.items()}
+        return logits.masked_fill(~counted[..., None], poison), hidden
 
-    monkeypatch.setattr(behaviour_module, "_clean_run", checked)
+    def poisoned(model: Any, sites: Any, input_ids: Tensor) -> dict[str, Tensor]:
+        acts = true_activations(model, sites, input_ids)
+        return {name: act.masked_fill((input_ids == 0)[..., None], poison) for name, act in acts.items()}
+
+    monkeypatch.setattr(behaviour_module, "_clean_run", poisoned_run)
+    monkeypatch.setattr(context_module, "activations", poisoned)
     assert run(lm, tokens, autoencoder(0.7)) == expected
 
 
@@ -174,20 +224,18 @@ def test_dictionaries_share_runs_and_keep_their_own_numbers(lm: LM, tokens: Tens
         "zero": constant(torch.zeros(D_MODEL)),
         "mlp": true_mlp(lm, 1, "mlp_in.1", "mlp_out.1"),
     }
-    n_forwards = 0
-
-    def count(*_: object) -> None:
-        nonlocal n_forwards
-        n_forwards += 1
-
     context = context_of(lm, tokens, dictionaries, batch_rows=N_ROWS)
-    context_module.site_means(context, ["resid_post.1", "mlp_out.1"])
-    handle = lm.model.get_submodule("transformer.h.2").register_forward_hook(count)
-    together = Behaviour().run(context)
-    handle.remove()
-    assert n_forwards == 1 + 3 + 2 * 2  # clean, one reconstruction each, two ablations of two sites
+    context_module.target_means(context)
+    with forwards_counted(lm) as forwards:
+        together = Behaviour().run(context)
+    assert len(forwards) == 1 + 3 + 2 * 2  # clean, one reconstruction each, two ablations of two sites
     for name, d in dictionaries.items():
-        assert together[name]["behaviour"] == pytest.approx(run(lm, tokens, d, batch_rows=N_ROWS), rel=1e-6)
+        alone = run(lm, tokens, d, batch_rows=N_ROWS)
+        assert flat(together[name]["behaviour"]) == pytest.approx(flat(alone), rel=1e-6, nan_ok=True)
+    one = context_of(lm, tokens, {"half": dictionaries["half"]}, batch_rows=N_ROWS)
+    with forwards_counted(lm) as forwards:
+        Behaviour().run(one)
+    assert len(forwards) == 1 + 1 + 1 + 2  # the means; clean, one reconstruction, two ablations
 
 
 def test_several_write_sites_are_replaced_together(lm: LM, tokens: Tensor) -> None:
@@ -216,8 +264,10 @@ def test_several_write_sites_are_replaced_together(lm: LM, tokens: Tensor) -> No
 def test_only_the_first_rows(lm: LM, tokens: Tensor) -> None:
     got = run(lm, tokens, autoencoder(0.7), n_tokens=2 * CTX + 1)
     context = context_of(lm, tokens[:3], {"x": autoencoder(0.7)})
-    context.means.update(context_module.site_means(context_of(lm, tokens, {"x": autoencoder()}), ["resid_post.1"]))
-    assert got == pytest.approx(Behaviour().run(context)["x"]["behaviour"], rel=1e-6)
+    context.means.update(context_module.target_means(context_of(lm, tokens, {"x": autoencoder()})))
+    expected = Behaviour().run(context)["x"]["behaviour"]
+    assert flat(got) == pytest.approx(flat(expected), rel=1e-6, nan_ok=True)
+    assert got["n_rows"] == 3
     assert got["n_tokens"] == int((tokens[:3, 1:] != 0).sum())
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from dictlearn.evaluation.plots import plot_report, plot_training
-from dictlearn.evaluation.reconstruction import density_histogram, l0_histogram
+from dictlearn.evaluation.sections import density_histogram, l0_histogram
 from dictlearn.metrics.sparsity import L0, FiringCounts
 from tests.metrics.test_sparsity import random_latents
 
@@ -42,6 +42,37 @@ def test_histograms(report: dict, tmp_path: Path) -> None:
     assert l0.n_tokens.sum() == 300
     assert l0.to_dict("list") == report["histograms"]["l0"]
     assert density.n_latents.tolist() == report["histograms"]["density"]["n_latents"]
+
+
+def test_positions(tmp_path: Path) -> None:
+    """A gap in the line and an empty cell where nothing is counted; each plot where its block ran."""
+    report: dict = {
+        "dictionary": {"name": "a"},
+        "reconstruction": {
+            "fvu": 0.25,
+            "fvu_per_position": [None, 0.5, 0.25, 0.125],
+            "n_tokens_per_position": [0, 4, 5, 6],
+        },
+    }
+    (png,) = plot_report(report, tmp_path)
+    assert png == tmp_path / "a_fvu_per_position.png"
+    assert png.read_bytes().startswith(PNG)
+    table = pd.read_csv(png.with_suffix(".csv"))
+    assert table.position.tolist() == [0, 1, 2, 3]
+    assert table.fvu.isna().tolist() == [True, False, False, False]
+    assert table.fvu[1:].tolist() == [0.5, 0.25, 0.125]
+    ces = {"clean": [None, 1.0, 2.0], "rec": [None, 1.5, 2.5], "zero": [None, 8.0, 7.0], "mean": [None, 9.0, 10.0]}
+    report["behaviour"] = {"ce_per_position": ces, "n_tokens_per_position": [0, 3, 3]}
+    assert [path.stem for path in plot_report(report, tmp_path)] == ["a_fvu_per_position", "a_ce_per_position"]
+    table = pd.read_csv(tmp_path / "a_ce_per_position.csv")
+    assert list(table.columns) == ["position", "clean", "rec", "zero", "mean", "n_tokens"]
+    for way, values in ces.items():
+        assert table[way][1:].tolist() == values[1:]
+
+
+def test_nothing_counted_anywhere(tmp_path: Path) -> None:
+    section = {"fvu": None, "fvu_per_position": [None, None], "n_tokens_per_position": [0, 0]}
+    assert len(plot_report({"dictionary": {"name": "a"}, "reconstruction": section}, tmp_path)) == 1
 
 
 def test_a_dictionary_that_is_dead_altogether(report: dict, tmp_path: Path) -> None:

@@ -5,31 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from pyarrow import ArrowInvalid, parquet
 from torch import Tensor
 
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.evaluation import EvaluationContext, Results, evaluate
 from dictlearn.evaluation.behaviour import Behaviour
 from dictlearn.evaluation.reconstruction import Reconstruction
-from dictlearn.evaluation.report import without_nan, write_report
+from dictlearn.evaluation.report import without_nan, write_report, write_table
 from dictlearn.evaluation.table import COLUMNS, report_table
 from dictlearn.lm.load import LM
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.types import DictlearnError
 from tests.evaluation.conftest import CTX, D_MODEL, N_ROWS, autoencoder, constant, context_of, true_mlp
 
-L0_KEYS = {"mean", "median", "p5", "p95"}
+L0_KEYS = {"mean", "median", "p5", "p95", "stderr"}
+SPARSITY_KEYS = {
+    *("l0", "l1_mean", "n_dead", "frac_dead", "n_below_1e-5", "n_below_1e-6", "n_below_1e-7", "frac_over_1e-1"),
+    *("frac_over_1e-2", "mass_over_1e-1", "mass_over_1e-2", "n_tokens"),
+}
 RECONSTRUCTION_KEYS = {
-    *("fvu", "fve", "mse_per_token", "mse_per_dim", "cosine", "relative_bias", "n_zero_norm", "n_tokens")
+    *("fvu", "fve", "fvu_centred", "fvu_incl_masked", "mse_per_token", "mse_per_dim", "cosine", "l2_ratio"),
+    *("relative_bias", "fvu_token_p5", "fvu_token_median", "fvu_token_p95", "fvu_token_mean", "stderr"),
+    *("fvu_per_position", "n_tokens_per_position", "n_zero_norm", "n_tokens"),
 }
 BEHAVIOUR_KEYS = {
     *("ce_clean", "ce_rec", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero", "ce_recovered_mean"),
-    *("kl_rec", "kl_zero", "kl_mean", "kl_recovered_zero", "kl_recovered_mean", "n_tokens", "n_replaced"),
+    *("kl_rec", "kl_zero", "kl_mean", "kl_recovered_zero", "kl_recovered_mean", "top1_agree", "stderr"),
+    *("ce_per_position", "n_tokens_per_position", "n_tokens", "n_replaced", "n_rows"),
 }
 
 
@@ -71,8 +81,11 @@ def test_report(context: EvaluationContext, out_dir: Path) -> None:
         assert report == results.reports[name]
         assert report["schema_version"] == 1
         assert report["sparsity"]["l0"].keys() == L0_KEYS
+        assert report["sparsity"].keys() == SPARSITY_KEYS
+        assert report["geometry"].keys() == {"n_duplicates", "mean_max_decoder_cosine"}
         assert report["reconstruction"].keys() == RECONSTRUCTION_KEYS
         assert report["behaviour"].keys() == BEHAVIOUR_KEYS
+        assert "tables" not in report
         assert list(report)[-2:] == ["warnings", "errors"]
         assert report["warnings"] == []
     report = results.reports["t"]
@@ -92,6 +105,8 @@ def test_report(context: EvaluationContext, out_dir: Path) -> None:
         "n_tokens": N_ROWS * CTX,
         "n_counted": n_counted,
         "n_masked": N_ROWS + 4,
+        "max_norm_ratio": None,
+        "n_norm_filtered": 0,
     }
     assert report["reconstruction"]["n_tokens"] == n_counted
     assert report["compute"]["seconds"] == pytest.approx(sum(report["compute"]["seconds_by_block"].values()))
@@ -100,7 +115,55 @@ def test_report(context: EvaluationContext, out_dir: Path) -> None:
 
 def test_nothing_is_left_beside_the_report(context: EvaluationContext, out_dir: Path) -> None:
     evaluate(context, {"reconstruction": Reconstruction()}, dirs(context, out_dir))
-    assert [file.name for file in (out_dir / "a").iterdir()] == ["report.json"]
+    assert sorted(file.name for file in (out_dir / "a").iterdir()) == ["latents.parquet", "report.json"]
+
+
+def test_the_table_of_latents(lm: LM, tokens: Tensor, out_dir: Path) -> None:
+    """What is not defined is null on disk, not NaN; directions are compared where they are equally wide."""
+    narrow = Linear(D_MODEL, 4 * D_MODEL, 8, ReLU(l1=0.0), reads=("resid_post.1",), writes=("mlp_hidden.1",))
+    context = context_of(lm, tokens, {"a": autoencoder(-0.5), "dead": constant(torch.ones(16)), "narrow": narrow})
+    evaluate(context, {"reconstruction": Reconstruction()}, dirs(context, out_dir))
+    columns = {"latent": "int64", "count": "int64", "density": "double", "mean": "double", "max": "float"}
+    columns |= {"decoder_norm": "float", "encoder_decoder_cosine": "double", "nearest_latent": "int64"}
+    columns |= {"nearest_cosine": "float"}
+    tables = {name: parquet.read_table(out_dir / name / "latents.parquet") for name in context.dictionaries}
+    for table in tables.values():
+        assert {field.name: str(field.type) for field in table.schema} == columns
+    a = tables["a"].to_pydict()
+    assert a["latent"] == list(range(2 * D_MODEL))
+    assert all(count > 0 for count in a["count"])
+    n_counted = int((tokens != 0).sum())
+    assert a["density"] == [count / n_counted for count in a["count"]]
+    x = lm.model(tokens, output_hidden_states=True).hidden_states[2][tokens != 0].double()
+    assert a["max"] == pytest.approx([*x.amax(0).tolist(), *(-x).amax(0).tolist()], rel=1e-5)
+    active = [column[column > 0].mean().item() for column in [*x.T, *(-x).T]]
+    assert a["mean"] == pytest.approx(active, rel=1e-5)
+    assert a["decoder_norm"] == [0.5] * (2 * D_MODEL)
+    assert a["encoder_decoder_cosine"] == pytest.approx([-1] * (2 * D_MODEL))
+    assert a["nearest_cosine"] == [0] * (2 * D_MODEL)
+    dead = tables["dead"].to_pydict()
+    assert dead["count"] == dead["density"] == dead["decoder_norm"] == [0] * 8
+    for name in ("mean", "max", "encoder_decoder_cosine", "nearest_latent", "nearest_cosine"):
+        assert dead[name] == [None] * 8
+    assert tables["narrow"].to_pydict()["encoder_decoder_cosine"] == [None] * 8
+
+
+def test_a_failed_table_leaves_the_old_one(out_dir: Path) -> None:
+    file = write_table(pd.DataFrame({"a": [1]}), out_dir / "t.parquet")
+    with pytest.raises(ArrowInvalid):
+        write_table(pd.DataFrame({"a": [1, "x", object()]}), file)
+    assert pd.read_parquet(file).a.tolist() == [1]
+    assert [path.name for path in out_dir.iterdir()] == ["t.parquet"]
+
+
+def test_warnings_given_beforehand_are_in_the_report(lm: LM, tokens: Tensor, out_dir: Path) -> None:
+    context = replace(
+        context_of(lm, tokens, {"a": constant(torch.ones(D_MODEL)), "b": autoencoder()}), warnings={"a": ["beware"]}
+    )
+    reports = evaluate(context, {"reconstruction": Reconstruction()}, dirs(context, out_dir)).reports
+    assert reports["a"]["warnings"][0] == "beware"
+    assert any("the mean of the target reconstructs it better" in warning for warning in reports["a"]["warnings"])
+    assert reports["b"]["warnings"] == []
 
 
 def test_sha256_of_the_weights(lm: LM, tokens: Tensor, out_dir: Path, tmp_path: Path) -> None:
@@ -150,9 +213,14 @@ def test_undefined_numbers_are_null_with_a_warning(lm: LM, tokens: Tensor, out_d
     assert strict(out_dir / "zero" / "report.json")["reconstruction"]["cosine"] is None
     assert report["reconstruction"]["relative_bias"] is None
     assert [warning.split()[0] for warning in report["warnings"]] == [
-        "sparsity.mass_dense",
+        "reconstruction.fvu",
+        "sparsity.mass_over_1e-1",
+        "sparsity.mass_over_1e-2",
+        "geometry.mean_max_decoder_cosine",
         "reconstruction.cosine",
         "reconstruction.relative_bias",
+        "reconstruction.stderr.cosine",
+        "reconstruction.stderr.relative_bias",
     ]
 
 
@@ -176,10 +244,11 @@ def test_without_nan_names_the_place() -> None:
 
 
 def test_lists_of_numbers_are_one_line(tmp_path: Path) -> None:
-    report = {"a": {"b": [1, -2.5, 1e-7], "c": ["x [1,\n 2]", None], "d": []}, "e": [[1, 2], [3]]}
+    report = {"a": {"b": [1, -2.5, 1e-7], "c": ["x [1,\n 2]", None], "d": []}, "e": [[1, 2], [3]], "f": [1.5, None]}
     file = write_report(report, tmp_path)
     assert strict(file) == report
     assert "[ 1, -2.5, 1e-07 ]" in file.read_text()
+    assert "[ 1.5, null ]" in file.read_text()
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path) -> None:

@@ -6,19 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dictlearn.metrics.behaviour import CrossEntropy, KLDivergence
+from dictlearn.metrics import behaviour
+from dictlearn.metrics.behaviour import kl_divergence, log_probs, top1_agrees
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> float:
-    metric = CrossEntropy()
-    metric.update(logits, tokens)
-    return metric.compute().item()
+    return behaviour.cross_entropy(log_probs(logits), tokens).double().mean().item()
 
 
 def kl(clean: Tensor, patched: Tensor) -> float:
-    metric = KLDivergence()
-    metric.update(clean, patched)
-    return metric.compute().item()
+    return kl_divergence(log_probs(clean), log_probs(patched)).double().mean().item()
 
 
 def two_tokens(p: float) -> Tensor:
@@ -70,13 +67,18 @@ def test_extreme_logits_are_finite(dtype: torch.dtype) -> None:
     assert cross_entropy(clean, torch.tensor([1])) == pytest.approx(2e4, rel=0.01)
 
 
-def test_the_mean_is_over_predictions_not_over_batches() -> None:
-    logits, tokens = torch.randn(100, 20), torch.randint(20, (100,))
-    metric, divergence = CrossEntropy(), KLDivergence()
-    other = logits + torch.randn_like(logits)
-    for part in torch.arange(100).split([1, 0, 70, 29]):
-        metric.update(logits[part], tokens[part])
-        divergence.update(logits[part], other[part])
-    assert metric.compute().item() == pytest.approx(cross_entropy(logits, tokens), rel=1e-12)
-    assert divergence.compute().item() == pytest.approx(kl(logits, other), rel=1e-12)
-    assert metric.n_predictions == 100
+def test_per_prediction_and_inputs_stay_as_they_are() -> None:
+    logits = torch.randn(100, 20)
+    log_p, log_q = log_probs(logits), log_probs(logits + torch.randn_like(logits))
+    before = log_p.clone(), log_q.clone()
+    together = kl_divergence(log_p, log_q)
+    assert torch.equal(log_p, before[0])
+    assert torch.equal(log_q, before[1])
+    one_by_one = [kl_divergence(p[None], q[None]).item() for p, q in zip(log_p, log_q, strict=True)]
+    assert together.tolist() == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_top1() -> None:
+    clean = torch.tensor([[1.0, 2.0, 3.0], [5.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    patched = torch.tensor([[0.0, 0.1, 0.2], [1.0, 1.5, 1.2], [-3.0, 9.0, 2.0]])
+    assert top1_agrees(log_probs(clean), log_probs(patched)).tolist() == [True, False, True]

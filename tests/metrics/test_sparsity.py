@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dictlearn.metrics.sparsity import L0, FiringCounts
+from dictlearn.metrics.sparsity import L0, FiringCounts, LatentValues, n_active
 from dictlearn.types import SparseLatents
 
 N_LATENTS = 40
@@ -119,10 +119,54 @@ def test_planted_rates() -> None:
     assert ((firing.density - rates).abs() <= 5 * sigma + 1e-12).all()
     assert l0.compute()["mean"].item() == pytest.approx(rates.sum().item(), abs=5 * sigma.norm().item())
     dense = rates > 0.1  # none is close to a tenth
-    assert firing.compute()["frac_dense"] == dense.double().mean()
+    assert firing.compute()["frac_over_1e-1"] == dense.double().mean()
     mass = (total[dense].sum() / total.sum()).item()
-    assert firing.compute()["mass_dense"].item() == pytest.approx(mass, rel=1e-6)
+    assert firing.compute()["mass_over_1e-1"].item() == pytest.approx(mass, rel=1e-6)
     assert firing.n_fired.tolist() == total.tolist()
     n_dead = int(firing.compute()["n_dead"])
     assert 4 <= n_dead <= 5  # the four of rate zero; with 2 tokens expected, the rarest may not be drawn at all
     assert n_dead == sum(count == 0 for count in total.tolist())
+
+
+def test_thresholds_of_the_density() -> None:
+    """Exactly at a threshold is neither above nor below; dead latents are below every one."""
+    firing = FiringCounts(7)
+    firing.n_tokens += 10**7
+    firing.n_fired += torch.tensor([0, 9, 10, 11, 10**5, 10**5 + 1, 5 * 10**6])
+    got = {name: value.item() for name, value in firing.compute().items()}
+    assert got["n_dead"] == 1
+    assert [got[f"n_below_{t}"] for t in ("1e-5", "1e-6", "1e-7")] == [4, 2, 1]
+    assert got["frac_over_1e-2"] == pytest.approx(2 / 7)
+    assert got["frac_over_1e-1"] == pytest.approx(1 / 7)
+    total = 30 + 2 * 10**5 + 1 + 5 * 10**6
+    assert got["mass_over_1e-2"] == pytest.approx((10**5 + 1 + 5 * 10**6) / total)
+    assert got["mass_over_1e-1"] == pytest.approx(5 * 10**6 / total)
+
+
+@pytest.mark.parametrize("n_batches", [1, 7])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_values_are_what_numpy_says(n_batches: int, scale: float) -> None:
+    latents = scale * random_latents(500)  # of both signs
+    latents[:, 3] = 0
+    latents[:, 4] = -latents[:, 4].abs()
+    for sparse in (False, True):
+        metric = LatentValues(N_LATENTS)
+        for part in latents[torch.randperm(500)].tensor_split(n_batches):
+            metric.update(SparseLatents.from_dense(part) if sparse else part)
+        active = [column[column != 0] for column in latents.double().numpy().T]
+        assert metric.n_fired.tolist() == [len(column) for column in active]
+        means = [column.mean() if len(column) else math.nan for column in active]
+        assert metric.mean.tolist() == pytest.approx(means, rel=1e-6, nan_ok=True)
+        maxima = [column.max() if len(column) else math.nan for column in active]
+        assert metric.max.tolist() == pytest.approx(maxima, nan_ok=True)
+        assert metric.l1_mean.item() == pytest.approx(latents.double().abs().sum(1).mean().item(), rel=1e-6)
+    for form in forms(latents):
+        assert n_active(form).tolist() == np.count_nonzero(latents.numpy(), axis=1).tolist()
+
+
+def test_a_stored_zero_is_not_a_value() -> None:
+    """The largest value of a latent that is active with a negative value only."""
+    metric = LatentValues(2)
+    metric.update(SparseLatents(torch.tensor([-2.0, 0.0]), torch.tensor([0, 0]), torch.tensor([0, 1, 2]), 2))
+    assert metric.max[0] == -2
+    assert metric.mean[0] == -2

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dictlearn.metrics.alignment import Alignment
-from dictlearn.metrics.variance import Variance
+from dictlearn.metrics.alignment import alignment
+from dictlearn.metrics.ratio import Places, TokenRatio
+from dictlearn.metrics.variance import TokenFVU, Variance
 
 N_TOKENS, D_OUT = 3000, 24
 
@@ -20,11 +22,19 @@ def y() -> Tensor:
 
 def measure(target: Tensor, recon: Tensor, batch: int = 256) -> dict[str, Tensor]:
     n_sites, d_out = target.shape[1:]
-    variance, alignment = Variance(n_sites, d_out), Alignment(n_sites)
+    variance, token_fvu = Variance(n_sites, d_out), TokenFVU(n_sites)
+    ratios: dict[str, TokenRatio] = {}
+    mean = target.double().mean(0)
     for part, recon_part in zip(target.split(batch), recon.split(batch), strict=True):
         variance.update(part, recon_part)
-        alignment.update(part, recon_part)
-    return variance.compute() | alignment.compute()
+        errors = (part.double() - recon_part.double()).square().sum(-1)
+        token_fvu.update(errors, (part.double() - mean).square().sum(-1))
+        at = torch.zeros(len(part), dtype=torch.int64)
+        for name, parts in alignment(part, recon_part).items():
+            ratios.setdefault(name, TokenRatio(1, 1, n_sites)).update(Places(at, at), *parts)
+    values = {name: ratio.ratio for name, ratio in ratios.items()}
+    values["n_zero_norm"] = len(target) - ratios["cosine"].row_bottom.sum(0)
+    return variance.compute() | token_fvu.compute() | values
 
 
 def numbers(target: Tensor, recon: Tensor, batch: int = 256) -> dict[str, float]:
@@ -46,12 +56,17 @@ def test_identity(y: Tensor) -> None:
     assert got["mse_per_token"] == 0
     assert got["cosine"] == pytest.approx(1, abs=1e-12)
     assert got["relative_bias"] == pytest.approx(1, abs=1e-12)
+    assert got["l2_ratio"] == pytest.approx(1, abs=1e-12)
+    assert got["fvu_centred"] == got["fvu_token_median"] == got["fvu_token_p95"] == got["fvu_token_mean"] == 0
 
 
 def test_mean_predictor(y: Tensor) -> None:
     got = numbers(y.double(), y.double().mean(0, keepdim=True).expand(y.shape))
     assert got["fvu"] == pytest.approx(1, abs=1e-12)
     assert got["fve"] == pytest.approx(0, abs=1e-12)
+    assert got["fvu_centred"] == pytest.approx(1, abs=1e-12)
+    for name in ("p5", "median", "p95", "mean"):
+        assert got[f"fvu_token_{name}"] == 1
 
 
 def test_zero_predictor(y: Tensor) -> None:
@@ -60,6 +75,8 @@ def test_zero_predictor(y: Tensor) -> None:
     assert got["fvu"] == pytest.approx(1 + mean_sq / v, rel=1e-12)
     assert math.isnan(got["cosine"])
     assert math.isnan(got["relative_bias"])
+    assert got["l2_ratio"] == 0
+    assert got["fvu_centred"] == pytest.approx(1, rel=1e-12)
     assert got["n_zero_norm"] == N_TOKENS
 
 
@@ -68,6 +85,8 @@ def test_shrink(y: Tensor, a: float) -> None:
     v, _, sq = spread(y)
     got = numbers(y.double(), a * y.double())
     assert got["relative_bias"] == pytest.approx(a, rel=1e-12)
+    assert got["l2_ratio"] == pytest.approx(a, rel=1e-12)
+    assert got["fvu_centred"] == pytest.approx((1 - a) ** 2, rel=1e-9)
     assert got["cosine"] == pytest.approx(1, rel=1e-12)
     assert got["fvu"] == pytest.approx((1 - a) ** 2 * sq / v, rel=1e-12)
     assert got["mse_per_token"] == pytest.approx((1 - a) ** 2 * sq, rel=1e-12)
@@ -106,9 +125,10 @@ def test_scaling_and_rotation(y: Tensor, c: float) -> None:
     y = y.double()
     recon = y + torch.randn_like(y)
     before, after = numbers(y, recon), numbers(c * y @ rotation, c * recon @ rotation)
-    for name in ("fvu", "fve", "cosine", "relative_bias"):
-        assert after[name] == pytest.approx(before[name], rel=1e-9), name
-    for name in ("mse_per_token", "mse_per_dim"):
+    scaling = ("mse_per_token", "mse_per_dim")
+    for name in before.keys() - scaling:
+        assert after[name] == pytest.approx(before[name], rel=1e-6), name
+    for name in scaling:
         assert after[name] == pytest.approx(c**2 * before[name], rel=1e-9), name
 
 
@@ -117,14 +137,13 @@ def test_ranks_merge_to_the_whole(y: Tensor, n_first: int) -> None:
     """Also for a rank that saw no token."""
     y = y + 3000
     recon = y + torch.randn_like(y)
-    metrics = [Variance(1, D_OUT), Alignment(1)]
-    for metric in metrics:
-        other = type(metric)(*((1, D_OUT) if isinstance(metric, Variance) else (1,)))
-        metric.update(y[:n_first], recon[:n_first])
-        other.update(y[n_first:], recon[n_first:])
-        metric.merge_state(other)
-    got = metrics[0].compute() | metrics[1].compute()
-    assert {name: value.item() for name, value in got.items()} == pytest.approx(numbers(y, recon), rel=1e-11)
+    metric, other = Variance(1, D_OUT), Variance(1, D_OUT)
+    metric.update(y[:n_first], recon[:n_first])
+    other.update(y[n_first:], recon[n_first:])
+    metric.merge_state(other)
+    got = {name: value.item() for name, value in metric.compute().items()}
+    whole = numbers(y, recon)
+    assert got == pytest.approx({name: whole[name] for name in got}, rel=1e-11)
 
 
 def test_synchronised_states_are_those_of_all_ranks(y: Tensor) -> None:
@@ -133,7 +152,7 @@ def test_synchronised_states_are_those_of_all_ranks(y: Tensor) -> None:
     ranks = [Variance(1, D_OUT) for _ in range(3)]
     for rank, target, part in zip(ranks, y.tensor_split(3), recon.tensor_split(3), strict=True):
         rank.update(target, part)
-    sent = {name: [getattr(rank, name) for rank in ranks] for name in ("moments", "sse")}
+    sent = {name: [getattr(rank, name) for rank in ranks] for name in ("moments", "sse", "error_sum")}
 
     def gather(state: Tensor, group: object = None) -> list[Tensor]:
         return next(states for states in sent.values() if states[0].shape == state.shape)
@@ -171,3 +190,37 @@ def test_the_mean_of_the_target(y: Tensor) -> None:
     for part in y.split(100):
         variance.update(part, part)
     torch.testing.assert_close(variance.mean, y.double().mean(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_the_distribution_of_the_token_fvu_is_what_numpy_says(y: Tensor, scale: float, batch: int) -> None:
+    y = scale * (y + 5)
+    recon = y + scale * torch.randn_like(y)
+    tokens, guesses = y.squeeze(1).double().numpy(), recon.squeeze(1).double().numpy()
+    fvu = ((tokens - guesses) ** 2).sum(1) / ((tokens - tokens.mean(0)) ** 2).sum(1)
+    got = numbers(y, recon, batch)
+    for name, q in {"p5": 0.05, "median": 0.5, "p95": 0.95}.items():
+        assert got[f"fvu_token_{name}"] == pytest.approx(np.quantile(fvu, q), rel=1e-6)
+    assert got["fvu_token_mean"] == pytest.approx(fvu.mean(), rel=1e-6)
+
+
+def test_few_tokens_of_large_norm_rule_the_fvu_and_not_the_median() -> None:
+    """1 token in 128 thirty times as large, all with noise of the same size."""
+    y = torch.randn(12_800, 1, D_OUT)
+    recon = y + 0.5 * torch.randn_like(y)
+    usual = numbers(y, recon)
+    y[::128] *= 30
+    recon[::128] = y[::128]
+    got = numbers(y, recon)
+    assert got["fvu"] < usual["fvu"] / 5
+    assert got["fvu_token_median"] == pytest.approx(usual["fvu_token_median"], rel=0.05)
+
+
+def test_a_token_at_the_mean_has_no_fvu_of_its_own() -> None:
+    metric = TokenFVU(1)
+    metric.update(torch.tensor([[0.0], [2.0], [3.0]]), torch.tensor([[0.0], [0.0], [6.0]]))
+    assert {value.item() for value in metric.compute().values()} == {0.5}
+    nothing = TokenFVU(1)
+    nothing.update(torch.ones(2, 1), torch.zeros(2, 1))
+    assert all(value.isnan() for value in nothing.compute().values())
