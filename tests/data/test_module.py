@@ -1,12 +1,16 @@
 """The stream inside Lightning: the LM stays outside, an interrupted run sees exactly the rest."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dictlearn.data import ActivationData, LocalText
+from dictlearn.data import ActivationData, LocalText, Sequences
 from dictlearn.lm import LM, load_lm, resolve
+from dictlearn.types import DictlearnError
 from tests.data.helpers import random_documents
 from tests.tiny_lms import tiny_lm_folder
 
@@ -21,12 +25,11 @@ def data(lm, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(random_documents(400)) + "\n")
 
-    def make(n_tokens=1000, seed=0):
-        text = LocalText(
-            path=str(path), ctx=16, cache_dir=str(tmp_path / "cache"), lm_batch_rows=4, block_rows=8, n_slices=3
-        )
+    def make(n_tokens=1000, seed=0, stream="shuffled", **changes):
+        sizes = {"ctx": 16, "lm_batch_rows": 4, "block_rows": 8, "n_slices": 3, **changes}
+        text = LocalText(path=str(path), cache_dir=str(tmp_path / "cache"), **sizes)
         sites = [resolve(lm.model, "resid_post.1"), resolve(lm.model, "mlp_out.0")]
-        return ActivationData(text, lm, sites, batch_size=50, n_tokens=n_tokens, seed=seed)
+        return ActivationData(text, lm, sites, batch_size=50, n_tokens=n_tokens, seed=seed, stream=stream)
 
     return make
 
@@ -43,6 +46,8 @@ class Recorder(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
     def training_step(self, batch, _):
+        if isinstance(batch, Sequences):
+            batch = batch.flat()
         self.seen.append((batch.tokens.clone(), batch.rows.clone(), batch.acts["resid_post.1"].clone()))
         if len(self.seen) - 1 == self.stop_at:
             raise RuntimeError("interrupted")
@@ -64,7 +69,12 @@ def fit(model, data, folder, ckpt_path=None):
     return model
 
 
-def test_an_interrupted_run_sees_exactly_the_remaining_batches(data, tmp_path):
+@pytest.mark.parametrize("ratio", [None, 1.05])
+@pytest.mark.parametrize("stream", ["shuffled", "sequences"])
+def test_an_interrupted_run_sees_exactly_the_remaining_batches(data, tmp_path, stream, ratio):
+    data = partial(data, stream=stream, max_norm_ratio=ratio)
+    if ratio is not None:
+        assert data().statistics(300)["mlp_out.0"].n_filtered > 50, "some tokens are left out, not all"
     whole = fit(Recorder(), data(), tmp_path / "whole")
     assert len(whole.seen) == 20
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -94,6 +104,32 @@ def test_activations_are_those_of_the_lm(data, lm):
             hidden = lm.model(rows, output_hidden_states=True).hidden_states[2]
         expected = hidden[torch.arange(50), batch.positions]
         torch.testing.assert_close(batch.acts["resid_post.1"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_contexts_are_those_of_the_lm(data, lm):
+    made = data(stream="sequences", n_tokens=300)
+    batches = list(made.train_dataloader())
+    assert len(batches) == len(made.train_dataloader()) == math.ceil(300 / 45), "50 // 16 rows of 15 counted tokens"
+    for batch in batches:
+        with torch.no_grad():
+            hidden = lm.model(batch.tokens, output_hidden_states=True).hidden_states[2]
+        torch.testing.assert_close(batch.acts["resid_post.1"], hidden, rtol=1e-4, atol=1e-4)
+        assert torch.equal(made.store.take(batch.rows.numpy()), batch.tokens)
+
+
+def test_an_unknown_stream_is_refused(data):
+    with pytest.raises(DictlearnError, match="stream must be one of shuffled, sequences, got 'rows'"):
+        data(stream="rows")
+
+
+def test_one_pass_for_the_limits_and_none_without_a_ratio(data):
+    """The limits are of the first N_MEDIAN tokens, however many the statistics are of."""
+    assert data(max_norm_ratio=None).norm_filter is None
+    one, other = data(), data()
+    one.statistics(300)
+    assert one.norm_filter == other.norm_filter
+    assert one.norm_filter.ratio == 10.0
+    assert set(one.norm_filter.limits) == {"resid_post.1", "mlp_out.0"}
 
 
 def test_statistics_and_seeds(data):
