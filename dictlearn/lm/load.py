@@ -30,10 +30,13 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from dictlearn.embedded import LM_FOLDER
+from dictlearn.lm.download import CHOICES, commit_of
+from dictlearn.lm.fingerprint import fingerprint
 from dictlearn.types import DictlearnError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNREADABLE = (OSError, ValueError, StrictDataclassError, SafetensorError, UnpicklingError)
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json")
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4
 
 
@@ -69,6 +72,10 @@ class LM(NamedTuple):
         """Width of the residual stream."""
         return self.model.config.get_text_config().hidden_size
 
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for the weights, whatever their name and device; a second per 2 GB."""
+        return fingerprint(self.model)
+
 
 def load_lm(name: str, revision: str | None = None, dtype: str | None = None, device: str = "cpu") -> LM:
     """Load a causal LM and its tokenizer, frozen.
@@ -83,25 +90,22 @@ def load_lm(name: str, revision: str | None = None, dtype: str | None = None, de
     Raises DictlearnError with the reason for whatever cannot be loaded as it is: a missing folder, file, weight
     tensor or tokenizer, weights of another shape, an unknown dtype or device.
     """
-    source, target = _source(name, revision), _device(device)
+    target = _device(device)
     dtype = dtype or ("bfloat16" if target.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise DictlearnError(f"lm.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    lm_config(name, revision)
-    with _no_bars() if Path(source).is_dir() else nullcontext():
-        model = _weights(name, source, revision, DTYPES[dtype]).eval().requires_grad_(False)
-    tokenizer = _tokenizer(name, source, revision)
+    source, commit = _source(name, revision)
+    _config(name, source, commit)
+    with nullcontext() if commit else _no_bars():
+        model = _weights(name, source, commit, DTYPES[dtype]).eval().requires_grad_(False)
+    tokenizer = _tokenizer(name, source, commit)
     nn.Module.to(model, target)
-    return LM(model, tokenizer, name, _commit(source, revision), dtype)
+    return LM(model, tokenizer, name, commit, dtype)
 
 
 def lm_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """The config of a language model, without its weights. Raises DictlearnError when it cannot be read."""
-    source = _source(name, revision)
-    try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise _cannot("read the config of", name, revision, error) from error
+    return _config(name, *_source(name, revision))
 
 
 def skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
@@ -117,8 +121,8 @@ def skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
         raise _cannot("build", name, revision, error) from error
 
 
-def _source(name: str, revision: str | None) -> str:
-    """The folder or Hub id that `name` stands for."""
+def _source(name: str, revision: str | None) -> tuple[str, str | None]:
+    """The folder that `name` stands for, and None, or the Hub id and its commit at `revision`."""
     path = LM_FOLDER if name == "embedded" else Path(name).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -129,10 +133,10 @@ def _source(name: str, revision: str | None) -> str:
                 f"A folder with a language model holds config.json, weights and a tokenizer, but {path} has no "
                 f"config.json; it has {', '.join(files) or 'no files'}."
             )
-        return str(path)
+        return str(path), None
     if name == "embedded" or name.startswith(("/", "./", "../", "~")):
         raise DictlearnError(f"lm.name must be a folder or a Hub id, but there is no folder {path}.")
-    return name
+    return name, commit_of(name, revision)
 
 
 def _device(name: str) -> torch.device:
@@ -145,12 +149,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _weights(name: str, source: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def _config(name: str, source: str, commit: str | None) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise _cannot("read the config of", name, commit, error) from error
+
+
+def _weights(name: str, source: str, commit: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """transformers fills tensors that it does not find with random numbers; here that is an error."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=revision,
+            revision=commit,
             dtype=dtype,
             trust_remote_code=False,
             weights_only=True,
@@ -158,7 +169,7 @@ def _weights(name: str, source: str, revision: str | None, dtype: torch.dtype) -
             output_loading_info=True,
         )
     except UNREADABLE as error:
-        raise _cannot("load the weights of", name, revision, error) from error
+        raise _cannot("load the weights of", name, commit, error) from error
     model, info = loaded
     wrong = {key: f"is {list(found)}, not {list(expected)}" for key, found, expected in info["mismatched_keys"]}
     wrong |= dict.fromkeys(info["missing_keys"], "is missing")
@@ -171,7 +182,7 @@ def _weights(name: str, source: str, revision: str | None, dtype: torch.dtype) -
     return model
 
 
-def _tokenizer(name: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer(name: str, source: str, commit: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer as its files describe it.
 
     A tokenizer saved under a generic class is its tokenizer.json and nothing else, but AutoTokenizer replaces it
@@ -179,11 +190,14 @@ def _tokenizer(name: str, source: str, revision: str | None) -> PreTrainedTokeni
     directly. Where all files are missing, transformers makes a tokenizer without words; here that is an error.
     """
     try:
-        saved_as = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
+        local = commit is None or _tokenizer_is_cached(source, commit)
+        saved_as = get_tokenizer_config(source, revision=commit, local_files_only=local).get("tokenizer_class")
         opener = PreTrainedTokenizerFast if saved_as in GENERIC_TOKENIZERS else AutoTokenizer
-        tokenizer = opener.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+        tokenizer = opener.from_pretrained(
+            source, revision=commit or "main", local_files_only=local, trust_remote_code=False
+        )
     except UNREADABLE as error:
-        raise _cannot("load the tokenizer of", name, revision, error) from error
+        raise _cannot("load the tokenizer of", name, commit, error) from error
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise DictlearnError(
             f"Language model {name!r} comes without a tokenizer: it has neither tokenizer.json nor another "
@@ -192,21 +206,15 @@ def _tokenizer(name: str, source: str, revision: str | None) -> PreTrainedTokeni
     return tokenizer
 
 
-def _commit(source: str, revision: str | None) -> str | None:
-    """The commit that a Hub id was loaded at: the name of its folder in the download cache."""
-    if Path(source).is_dir():
-        return None
-    config = try_to_load_from_cache(source, "config.json", revision=revision)
-    return Path(config).parent.name if isinstance(config, str) else revision
+def _tokenizer_is_cached(source: str, commit: str) -> bool:
+    """Whether of each file it is known what the repository has: else transformers asks the Hub, at length."""
+    return all(try_to_load_from_cache(source, file, revision=commit) is not None for file in TOKENIZER_FILES)
 
 
 def _cannot(what: str, name: str, revision: str | None, error: Exception) -> DictlearnError:
     at = f" at revision {revision!r}" if revision else ""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return DictlearnError(
-        f"Cannot {what} language model {name!r}{at}: {reason} lm.name takes 'embedded', a folder or a Hub id of a "
-        "causal LM that transformers can open without running the repository's own code."
-    )
+    return DictlearnError(f"Cannot {what} language model {name!r}{at}: {reason} {CHOICES}")
 
 
 @contextmanager
