@@ -51,7 +51,7 @@ def document_hash(content: Document) -> int:
     if isinstance(content, str):
         return int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big")
     ids = np.array(content, dtype="<i8").tobytes()
-    return int.from_bytes(blake2b(ids, digest_size=8, person=b"token ids").digest(), "big")
+    return int.from_bytes(blake2b(ids, digest_size=8).digest(), "big")
 
 
 def is_blank(document: Document) -> bool:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,20 @@ def test_identity_changes_with_what_decides_the_rows(tmp_path):
     assert identity(tmp_path / "p") != identity(
         tmp_path / "p", column="id" if False else "text", split="validation"
     )
+
+
+def test_identity_of_a_data_set_of_the_hub_is_its_commit():
+    source = HubSource("someone/stories", "en", "train", "text", True, "a" * 40, ())
+    others = [
+        {"name": "someone/tales"},
+        {"commit": "b" * 40},
+        {"config": "de"},
+        {"split": "test"},
+        {"column": "body"},
+    ]
+    identities = [json.dumps(replace(source, **change).identity()) for change in [{}, {}, *others]]
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 6
 
 
 def test_rows_that_cannot_be_read_are_said(tmp_path):

@@ -151,10 +151,13 @@ def test_nulls_and_empty_rows_are_skipped(text):
         assert [ids for _, ids in source.documents(source.start, lambda _: True)] == [[5], [6]]
 
 
-def test_the_held_out_part_is_counted_in_token_ids(text):
-    """Of 60,000 tokens at most a fifth; the estimate is exact where no text is tokenised."""
+@pytest.mark.parametrize(("least", "n_tokens"), [(100_000, 12_294), (6_000, 6_000)])
+def test_the_held_out_part_is_counted_in_token_ids(text, least, n_tokens):
+    """At most a fifth of 61,472 tokens; the estimate is exact where no text is tokenised."""
     ids = [token_ids(text) for text in random_documents(2000)]
     made = text(ids, "parquet")
+    made.heldout_min_tokens = least
     store = made._store(bos_tokenizer(), "heldout")
     n_heldout = sum(len(row) for row in ids if store.spec.keep(document_hash(row)))
-    assert n_heldout == pytest.approx(0.2 * sum(map(len, ids)), rel=0.01)
+    assert sum(map(len, ids)) == 61_472
+    assert n_heldout == pytest.approx(n_tokens, rel=0.015)
