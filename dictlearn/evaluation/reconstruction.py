@@ -28,6 +28,7 @@ from dictlearn.metrics.variance import TokenFVU, Variance
 from dictlearn.types import SparseLatents
 
 RATIOS = ("fvu", "cosine", "l2_ratio", "relative_bias")  # the numbers of `reconstruction` with a standard error
+BY_THRESHOLD = ("n_below", "frac_over", "mass_over")  # dicts by threshold of the density
 WORSE_THAN_MEAN = 1 + 1e-6  # FVU; the rest is rounding
 
 
@@ -131,10 +132,11 @@ class _Account:
         }
 
     def _sparsity(self) -> dict[str, Any]:
-        counts = {
-            name: int(value) if name.startswith("n_") else float(value)
-            for name, value in self.latents.compute().items()
-        }
+        counts: dict[str, Any] = {name: {} for name in BY_THRESHOLD}
+        for name, value in self.latents.compute().items():
+            number = int(value) if name.startswith("n_") else float(value)
+            title, _, threshold = name.rpartition("_")
+            counts |= {title: counts[title] | {threshold: number}} if title in BY_THRESHOLD else {name: number}
         l0 = {name: float(value) for name, value in self.l0.compute().items()}
         return {
             "l0": l0 | {"stderr": float(self.mean_l0.stderr)},

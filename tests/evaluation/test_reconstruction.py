@@ -309,7 +309,7 @@ def test_planted_data_has_an_exact_dictionary(lm: LM, tokens: Tensor, monkeypatc
     assert matched.mean().item() == pytest.approx(1.0, abs=1e-5)  # mean correlation of the matched directions
     assert got["geometry"]["n_duplicates"] == 0
     density = fired.flatten(0, 1).double().mean(0)
-    assert got["sparsity"]["frac_over_1e-1"] == pytest.approx((density > 0.1).double().mean().item())
+    assert got["sparsity"]["frac_over"]["1e-1"] == pytest.approx((density > 0.1).double().mean().item())
     assert got["reconstruction"]["fvu"] < 1e-7
     assert got["sparsity"]["n_dead"] == int((~fired.flatten(0, 1).any(0)).sum()) >= 3
     assert got["sparsity"]["l0"]["mean"] == pytest.approx(fired.sum(-1).double().mean().item(), abs=1e-9)

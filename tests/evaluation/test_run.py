@@ -27,10 +27,7 @@ from dictlearn.types import DictlearnError
 from tests.evaluation.conftest import CTX, D_MODEL, N_ROWS, autoencoder, constant, context_of, true_mlp
 
 L0_KEYS = {"mean", "median", "p5", "p95", "stderr"}
-SPARSITY_KEYS = {
-    *("l0", "l1_mean", "n_dead", "frac_dead", "n_below_1e-5", "n_below_1e-6", "n_below_1e-7", "frac_over_1e-1"),
-    *("frac_over_1e-2", "mass_over_1e-1", "mass_over_1e-2", "n_tokens"),
-}
+SPARSITY_KEYS = {"l0", "l1_mean", "n_dead", "frac_dead", "n_below", "frac_over", "mass_over", "n_tokens"}
 RECONSTRUCTION_KEYS = {
     *("fvu", "fve", "fvu_centred", "fvu_incl_masked", "mse_per_token", "mse_per_dim", "cosine", "l2_ratio"),
     *("relative_bias", "fvu_token_p5", "fvu_token_median", "fvu_token_p95", "fvu_token_mean", "stderr"),
@@ -82,6 +79,8 @@ def test_report(context: EvaluationContext, out_dir: Path) -> None:
         assert report["schema_version"] == 1
         assert report["sparsity"]["l0"].keys() == L0_KEYS
         assert report["sparsity"].keys() == SPARSITY_KEYS
+        assert report["sparsity"]["n_below"].keys() == {"1e-5", "1e-6", "1e-7"}
+        assert report["sparsity"]["frac_over"].keys() == report["sparsity"]["mass_over"].keys() == {"1e-2", "1e-1"}
         assert report["geometry"].keys() == {"n_duplicates", "mean_max_decoder_cosine"}
         assert report["reconstruction"].keys() == RECONSTRUCTION_KEYS
         assert report["behaviour"].keys() == BEHAVIOUR_KEYS
@@ -214,8 +213,8 @@ def test_undefined_numbers_are_null_with_a_warning(lm: LM, tokens: Tensor, out_d
     assert report["reconstruction"]["relative_bias"] is None
     assert [warning.split()[0] for warning in report["warnings"]] == [
         "reconstruction.fvu",
-        "sparsity.mass_over_1e-1",
-        "sparsity.mass_over_1e-2",
+        "sparsity.mass_over.1e-1",
+        "sparsity.mass_over.1e-2",
         "geometry.mean_max_decoder_cosine",
         "reconstruction.cosine",
         "reconstruction.relative_bias",
