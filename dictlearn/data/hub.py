@@ -81,8 +81,11 @@ class HubSource:
     def _values(self, cursor: Cursor) -> Iterator[tuple[Cursor, Any]]:
         """(cursor after it, value of the column) of the rows from `cursor` on."""
         dataset = self.open()
+        where = f"{self.name}, split {self.split}"
         if dataset.features is not None:
-            check_column(f"{self.name}, split {self.split}", dataset.features.arrow_schema, self.column)
+            check_column(where, dataset.features.arrow_schema, self.column)
+        elif self.column not in (first_row := next(iter(dataset), {})):
+            raise SourceError(f"{where}: no column {self.column!r}; it has {', '.join(first_row)}")
         dataset = dataset.select_columns([self.column])
         first, start = cursor
         if isinstance(dataset, datasets.Dataset):

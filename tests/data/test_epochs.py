@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.helpers import random_documents
-from tests.runs import SMALL
 
+SMALL = (
+    "n_tokens=10_000 batch_size=256 expansion=2 sparsifier.k=4 statistics_n_tokens=2_048 evaluation.n_tokens=1_000"
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_text_that_ends_is_announced_in_the_terminal(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(random_documents(150)))
-    overrides = [*SMALL, "experiment=single", "site=resid_post.1", "~evaluation.blocks.behaviour"]
+    overrides = [*SMALL.split(), "experiment=single", "site=resid_post.1", "~evaluation.blocks.behaviour"]
     process = subprocess.run(
         [sys.executable, "train.py", "data=local", f"data.path={path}", f"run_dir={tmp_path / 'run'}", *overrides],
         cwd=ROOT,

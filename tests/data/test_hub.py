@@ -164,6 +164,15 @@ def test_what_does_not_exist_is_named_with_the_choices(tmp_path, layout, changes
     assert not list((tmp_path / "arrow").rglob("*.arrow")), "nothing is downloaded or converted to find out"
 
 
+def test_a_column_that_is_known_only_once_it_is_read(tmp_path, monkeypatch):
+    """Some formats have no schema while they are streamed."""
+    jsonl_folder(tmp_path / "set")
+    monkeypatch.setattr(datasets.IterableDataset, "features", property(lambda _: None))
+    assert [d for _, d in read(HubText(name=str(tmp_path / "set")).source())] == DOCUMENTS
+    (problem,) = HubText(name=str(tmp_path / "set"), column="body").problems()
+    assert "no column 'body'; it has text" in problem
+
+
 def test_a_configuration_must_be_chosen_where_none_is_the_default(tmp_path):
     readme_folder(tmp_path)
     (tmp_path / "README.md").write_text(README.replace("  default: true\n", ""))
