@@ -9,7 +9,8 @@ import pytest
 from tests.data.helpers import random_documents
 
 SMALL = (
-    "n_tokens=10_000 batch_size=256 expansion=2 sparsifier.k=4 statistics_n_tokens=2_048 evaluation.n_tokens=1_000"
+    "n_tokens=30_000 data.block_rows=16 batch_size=256 expansion=2 sparsifier.k=4 statistics_n_tokens=2_048 "
+    "evaluation.n_tokens=1_000"
 )
 ROOT = Path(__file__).parents[2]
 
