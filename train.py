@@ -13,6 +13,8 @@ from rich.console import Console
 
 from dictlearn.types import DictlearnError
 
+CONF = Path(__file__).resolve().parent / "conf"
+
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float:
@@ -22,13 +24,11 @@ def main(cfg: DictConfig) -> float:
         from dictlearn.training.run import train
 
     hydra_cfg = HydraConfig.get()
-    cfg.run_dir = cfg.run_dir  # `now` becomes a fixed time
-    if hydra_cfg.mode == RunMode.MULTIRUN:
-        cfg.run_dir = str(Path(cfg.run_dir) / str(hydra_cfg.job.num))
+    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     try:
-        results = train(cfg, hydra_cfg.overrides.task, console)
+        results = train(cfg, hydra_cfg.overrides.task, console, hydra_cfg.job.num if in_sweep else None)
     except DictlearnError as error:
-        if hydra_cfg.mode == RunMode.MULTIRUN:
+        if in_sweep:
             raise  # the other jobs of the sweep still run
         sys.exit(str(error))
     if results.errors:
@@ -37,5 +37,18 @@ def main(cfg: DictConfig) -> float:
     return sum(fvus) / len(fvus) if fvus else float("nan")
 
 
+def further_problems(cfg: DictConfig, overrides: list[str]) -> list[str]:
+    """Of a configuration whose other mistakes are known already."""
+    from dictlearn.training.preflight import problems
+
+    return problems(cfg, overrides)
+
+
 if __name__ == "__main__":
+    from dictlearn.overrides import refuse_mistakes
+
+    try:
+        refuse_mistakes(CONF, "train", sys.argv[1:], further_problems)
+    except DictlearnError as error:
+        sys.exit(str(error))
     main()

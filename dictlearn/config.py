@@ -2,97 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dictlearn.types import DictlearnError
 
+T = TypeVar("T")
 AT_LEAST = {"n_tokens": 1, "batch_size": 1, "expansion": 1, "statistics_n_tokens": 1, "seed": 0}
-NORMALISE = ("mean_norm", "none")
+NORMALISE = ("mean_norm", "none", "layer_norm")
+STREAMS = ("shuffled", "sequences")
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("cpu", "gpu")
+DTYPES = ("float32", "bfloat16", "float16")
+WHOLE = ("lm", "data", "trainer", "evaluation", "dictionaries", "sparsifier", "optimizer", "schedule", "objective")
 
 
 class ConfigError(DictlearnError):
     """All problems of a configuration, one line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
-        lines = "\n".join(f"  - {problem.rstrip('.')}." for problem in self.problems)
+        self.problems = list(dict.fromkeys(problems))
+        lines = "\n".join(f"  - {end_sentence(problem)}" for problem in self.problems)
         super().__init__(f"The configuration has {len(self.problems)} problem(s):\n{lines}")
+
+
+def end_sentence(text: str) -> str:
+    return text if text.endswith(("?", "!", ".", ")")) else f"{text}."
+
+
+def collect(problems: list[str], attempt: Callable[[], T]) -> T | None:
+    """What `attempt` returns; None where it raises a DictlearnError, whose text joins `problems`."""
+    try:
+        return attempt()
+    except ConfigError as error:
+        problems += error.problems
+    except DictlearnError as error:
+        problems.append(str(error))
+    return None
+
+
+def missing(cfg: DictConfig) -> list[str]:
+    """Required values that are not given, one sentence each."""
+    return [f"{key} is required: give {key}=<value>" for key in sorted(OmegaConf.missing_keys(cfg))]
 
 
 def value_problems(cfg: DictConfig) -> list[str]:
     """What is wrong with the plain values of a training configuration, one sentence each."""
-    problems = [f"{key} is required: give {key}=<value>" for key in sorted(OmegaConf.missing_keys(cfg))]
+    if broken := [key for key in WHOLE if not OmegaConf.is_missing(cfg, key) and not _is_node(cfg, key)]:
+        return [
+            f"{key} must be a group of settings, such as the choices in conf/{key}, got {cfg[key]!r}"
+            for key in broken
+        ]
+    problems = []
     for key, least in AT_LEAST.items():
-        if not _is_count(cfg[key], least):
-            problems.append(f"{key} must be a whole number of at least {least}, got {cfg[key]!r}")
-    if cfg.dead_after_tokens is not None and not _is_count(cfg.dead_after_tokens, 1):
+        if not is_count(cfg[key], least):
+            problems.append(f"{key} must be a whole number of at least {least}, got {cfg[key]!r}{_whole(cfg[key])}")
+    if cfg.dead_after_tokens is not None and not is_count(cfg.dead_after_tokens, 1):
         problems.append(f"dead_after_tokens must be null or a whole number above 0, got {cfg.dead_after_tokens!r}")
-    if cfg.normalise not in NORMALISE:
-        problems.append(f"normalise must be one of {', '.join(NORMALISE)}, got {cfg.normalise!r}")
-    if _is_count(cfg.seed, 2**32):
+    if is_count(cfg.seed, 2**32):
         problems.append(f"seed must be below 2^32, got {cfg.seed}")
-    if cfg.trainer.precision not in PRECISIONS:
-        problems.append(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {cfg.trainer.precision!r}")
-    if cfg.trainer.accelerator not in ACCELERATORS:
-        problems.append(f"trainer.accelerator must be cpu or gpu, got {cfg.trainer.accelerator!r}")
-    problems += evaluation_problems(cfg.evaluation)
-    devices = cfg.trainer.devices
-    if devices not in (1, "1", [0]):
+    choices = {
+        "normalise": (cfg.normalise, NORMALISE),
+        "stream": (cfg.stream, STREAMS),
+        "trainer.precision": (cfg.trainer.precision, PRECISIONS),
+        "trainer.accelerator": (cfg.trainer.accelerator, ACCELERATORS),
+        "lm.dtype": (cfg.lm.dtype, (None, *DTYPES)),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            names = ", ".join("null" if name is None else name for name in allowed)
+            problems.append(f"{key} must be one of {names}, got {value!r}")
+    for key in ("plan", "trainer.deterministic"):
+        if not isinstance(value := OmegaConf.select(cfg, key), bool):
+            problems.append(f"{key} must be true or false, got {value!r}")
+    if (devices := cfg.trainer.devices) not in (1, "1", [0]):
         problems.append(f"trainer.devices must be 1: training on several devices is not supported, got {devices!r}")
-    if not cfg.get("dictionaries"):
-        problems.append("dictionaries is empty: choose experiment=default or experiment=single")
-    elif any(node.site is None for node in cfg.dictionaries.values()):
-        problems.append("site is required: give site=..., such as resid_post.2, or mlp.2 for a transcoder")
-    return problems
+    return problems + evaluation_problems(cfg.evaluation)
 
 
 def evaluation_problems(evaluation: DictConfig) -> list[str]:
     """What is wrong with conf/evaluation, one sentence each."""
-    counts = {f"evaluation.{key}": evaluation[key] for key in ("n_tokens", "batch_rows")}
+    if not isinstance(evaluation.get("blocks"), DictConfig):
+        return [f"evaluation.blocks must name its blocks, got {evaluation.get('blocks')!r}"]
+    counts = {f"evaluation.{key}": evaluation.get(key) for key in ("n_tokens", "batch_rows")}
     counts |= {
         f"evaluation.blocks.{name}.n_tokens": block.n_tokens
         for name, block in evaluation.blocks.items()
-        if "n_tokens" in block
+        if isinstance(block, DictConfig) and "n_tokens" in block
     }
     return [
-        f"{key} must be a whole number of at least 1, got {value!r}"
+        f"{key} must be a whole number of at least 1, got {value!r}{_whole(value)}"
         for key, value in counts.items()
-        if not _is_count(value, 1)
+        if not is_count(value, 1)
     ]
 
 
 def unused_overrides(cfg: DictConfig, overrides: Iterable[str]) -> list[str]:
-    """Overrides of `site` or `dictionary` that no dictionary of the experiment uses."""
+    """Overrides of `site`, `sites` or `dictionary` that no dictionary of the experiment uses."""
     raw = OmegaConf.to_container(cfg.dictionaries, resolve=False)
     if "${dictionary}" in str(raw):  # the one of experiment=single
         return []
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     return [
-        f"{key} has no effect on this experiment, whose dictionaries are {', '.join(cfg.dictionaries)}: "
+        f"{key} has no effect on this experiment, whose dictionaries are {', '.join(map(str, cfg.dictionaries))}: "
         f"add experiment=single"
         for key in keys
-        if key == "site" or key.split(".")[0] == "dictionary"
+        if key in ("site", "sites") or key.split(".")[0] == "dictionary"
     ]
 
 
 def build(node: Any, **arguments: Any) -> Any:
-    """Hydra's `instantiate`, with a user error of ours coming out as it is."""
+    """Hydra's `instantiate`, with a user error of ours as it is, and a wrong argument as a user error."""
     try:
         return instantiate(node, **arguments)
     except InstantiationException as error:
         if isinstance(error.__cause__, DictlearnError):
             raise error.__cause__ from None
-        if isinstance(error.__cause__, TypeError):
+        if isinstance(error.__cause__, TypeError | ImportError):
             raise DictlearnError(f"{node.get('_target_')}: {error.__cause__}") from error
-        raise
+        reason = str(error).splitlines()[0]
+        raise DictlearnError(f"Cannot build {_target(node)}: {error.__cause__ or reason}") from error
+    except OmegaConfBaseException as error:
+        raise DictlearnError(f"Cannot build {_target(node)}: {str(error).splitlines()[0]}") from error
 
 
-def _is_count(value: Any, least: int) -> bool:
+def values_at(cfg: DictConfig, values: Mapping[str, Any], where: str) -> DictConfig:
+    """A copy of `cfg` with single values changed, `{"sparsifier.k": 32}`; what refers to them follows.
+
+    Raises ConfigError for keys that do not exist or are whole groups; `where` names the setting.
+    """
+    changed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    assert isinstance(changed, DictConfig)
+    problems = []
+    for key, value in values.items():
+        node = OmegaConf.select(cfg, key, default=_ABSENT)
+        if node is _ABSENT:
+            problems.append(f"{where}: there is no key {key!r}")
+        elif isinstance(node, DictConfig):
+            problems.append(
+                f"{where}: {key} is a group, and only single values such as sparsifier.k can stand here: "
+                f"a sweep over groups is 'train.py -m {key}=A,B'"
+            )
+        else:
+            OmegaConf.update(changed, key, value, merge=False)
+    if problems:
+        raise ConfigError(problems)
+    return changed
+
+
+_ABSENT = object()
+
+
+def is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def plain(value: Any) -> Any:
+    """Lists and dicts of plain values, interpolations resolved."""
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
+
+
+def _is_node(cfg: DictConfig, key: str) -> bool:
+    return isinstance(cfg.get(key), DictConfig)
+
+
+def _target(node: Any) -> str:
+    return str(node.get("_target_", "the configuration") if isinstance(node, Mapping | DictConfig) else node)
+
+
+def _whole(value: Any) -> str:
+    """A way to write a whole float."""
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return f": write {int(value):_}"
+    return ""

@@ -8,6 +8,7 @@ from functools import cached_property
 from lightning import LightningDataModule
 from torch import Tensor
 
+from dictlearn.config import STREAMS
 from dictlearn.data.base import Stream
 from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics
 from dictlearn.data.outliers import NormFilter
@@ -18,8 +19,6 @@ from dictlearn.data.tokens import TokenStore
 from dictlearn.lm.load import LM
 from dictlearn.lm.taps import activations
 from dictlearn.types import DictlearnError, Site, TokenIds
-
-STREAMS = ("shuffled", "sequences")
 
 
 class ActivationData(LightningDataModule):

@@ -29,10 +29,10 @@ class SiteStatistics(NamedTuple):
     mean: Float[Tensor, " d"]  # float64, on the CPU
     variance: float  # mean of ||x - mean||^2
     n_tokens: int
-    median_norm: float = 0.0  # median of ||x||, tokens left out included
-    n_filtered: int = 0  # counted tokens that are left out, because of this or another site
-    layer_norm_mean: Float[Tensor, " d"] = torch.empty(0)  # mean of z; float64, on the CPU
-    layer_norm_variance: float = 0.0  # mean of ||z - mean z||^2
+    median_norm: float  # median of ||x||, tokens left out included
+    n_filtered: int  # counted tokens that are left out, because of this or another site
+    layer_norm_mean: Float[Tensor, " d"]  # mean of z; float64, on the CPU
+    layer_norm_variance: float  # mean of ||z - mean z||^2
 
 
 @torch.no_grad()

@@ -29,12 +29,12 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
+from dictlearn.config import DTYPES
 from dictlearn.embedded import LM_FOLDER
 from dictlearn.lm.download import CHOICES, commit_of
 from dictlearn.lm.fingerprint import fingerprint
 from dictlearn.types import DictlearnError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNREADABLE = (OSError, ValueError, StrictDataclassError, SafetensorError, UnpicklingError)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json")
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4
@@ -97,7 +97,7 @@ def load_lm(name: str, revision: str | None = None, dtype: str | None = None, de
     source, commit = _source(name, revision)
     _config(name, source, commit)
     with nullcontext() if commit else _no_bars():
-        model = _weights(name, source, commit, DTYPES[dtype]).eval().requires_grad_(False)
+        model = _weights(name, source, commit, getattr(torch, dtype)).eval().requires_grad_(False)
     tokenizer = _tokenizer(name, source, commit)
     nn.Module.to(model, target)
     return LM(model, tokenizer, name, commit, dtype)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dictlearn.training.module import DictionaryTraining
+from dictlearn.types import DictlearnError
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,16 @@ class Environment(Callback):
             log.warning("Resuming where results may differ in the last bits: %s", ", ".join(changed))
 
 
+class Identity(Callback):
+    """What a run must keep to be the same run: LM, text and configuration, in every checkpoint."""
+
+    def __init__(self, identity: dict[str, Any]) -> None:
+        self.identity = identity
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.identity
+
+
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside its place, then renames: it is there whole or not at all, on any file system."""
 
@@ -140,10 +151,14 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # a full disk; torch says it as a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise DictlearnError(f"Cannot write {path}: {error}. The checkpoint before it is whole.") from error
         partial.replace(path)
 
 
@@ -157,3 +172,9 @@ def periodic_checkpoint(folder: Path, n_steps: int) -> ModelCheckpoint:
         save_top_k=1,
         save_on_train_epoch_end=False,
     )
+
+
+def keep_newest(folder: Path) -> None:
+    """Delete all checkpoints but the newest: Lightning keeps the one that a run was resumed from."""
+    for old in sorted(folder.glob("step-*.ckpt"))[:-1]:
+        old.unlink()

@@ -1,15 +1,33 @@
-"""The CSV logger of a run folder."""
+"""The CSV file of a run folder, and what loggers of ours are told beside the metrics."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
 
-class CsvLogger(Logger):
+class DictionaryLogger(Logger):
+    """A logger that knows the dictionaries of a run: `start` before training, `finish` after evaluation."""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """`start` is given each dictionary's configuration."""
+
+    def start(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """`configs`: what each dictionary of the run is made of, by name."""
+
+    def finish(self, reports: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
+        """`reports` and `folders` of the trained dictionaries, by name; empty where the run ended early."""
+
+
+class CsvLogger(DictionaryLogger):
     """Appends one row per window to `folder/metrics.csv`: `step`, `n_tokens`, `<dictionary>/<metric>`.
 
     A resumed run keeps the rows before its first step and writes the later ones again. (Lightning's CSVLogger
@@ -24,13 +42,6 @@ class CsvLogger(Logger):
     @property
     def name(self) -> str:
         return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The run folder's config.yaml has them."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row: dict[str, Any] = {"step": step, **metrics}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dictlearn.data import Batch
+from dictlearn.data import Batch, Sequences
 from dictlearn.training.learner import Learner
 from dictlearn.training.optimizers import Adam, build_optimizer
 from dictlearn.training.schedules import WarmupDecay
@@ -19,6 +19,10 @@ from dictlearn.training.statistics import WindowMetrics
 from dictlearn.types import DictlearnError
 
 MOST_PER_WINDOW = 50  # steps; at the end of a window: one transfer from the device, one row in metrics.csv
+
+
+class Diverged(DictlearnError):
+    """A loss or a weight is not finite."""
 
 
 class Member(NamedTuple):
@@ -45,8 +49,9 @@ class DictionaryTraining(L.LightningModule):
         self.latest: dict[str, float] = {}
         self._window_start: tuple[int, float] | None = None
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return torch.stack([member.learner.loss(batch) for member in self.members]).sum()
+    def training_step(self, batch: Batch | Sequences, batch_idx: int) -> Tensor:
+        flat = batch.flat() if isinstance(batch, Sequences) else batch
+        return torch.stack([member.learner.loss(flat) for member in self.members]).sum()
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer([(m.learner.dictionary, m.optimizer) for m in self.members])
@@ -66,7 +71,7 @@ class DictionaryTraining(L.LightningModule):
         for member in self.members:
             member.learner.dictionary.project_()
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch | Sequences, batch_idx: int) -> None:
         # A window ends before the next step, not after its last: a checkpoint saved between the two then holds
         # the whole window, and the resumed run ends it here as this one does.
         if self._window_start is None:
@@ -81,7 +86,7 @@ class DictionaryTraining(L.LightningModule):
         """Weights that are not finite never replace a checkpoint: the one before is deleted after this one."""
         bad = [m.learner.name for m in self.members if not _all_finite(m.learner.dictionary)]
         if bad:
-            raise _diverged(", ".join(f"weights of {name}" for name in bad), self.global_step)
+            raise self._diverged(", ".join(f"weights of {name}" for name in bad), self.global_step)
 
     def _flush(self, step: int) -> None:
         windows = [member.learner.statistics.flush() for member in self.members]
@@ -92,19 +97,20 @@ class DictionaryTraining(L.LightningModule):
         self._window_start = (step, now)
         speed = (step - start) * self.batch_size / max(now - since, 1e-9)
         if bad := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
-            raise _diverged(", ".join(bad), step)
+            raise self._diverged(", ".join(bad), step)
         self.latest = {**dict(zip(names, values, strict=True)), "tokens_per_second": speed}
         row = {"n_tokens": float(step * self.batch_size), **self.latest}
         for logger in self.loggers:
             logger.log_metrics(row, step=step)
 
+    def _diverged(self, what: str, step: int) -> Diverged:
+        first = {m.learner.name: int(m.learner.statistics.n_finite) + 1 for m in self.members}
+        since = [f"The loss of {name} is not finite since step {at}. " for name, at in first.items() if at <= step]
+        return Diverged(
+            f"Training diverged by step {step}: {what} not finite. {''.join(since)}Lower optimizer.lr, or set "
+            "optimizer.clip_norm."
+        )
+
 
 def _all_finite(dictionary: nn.Module) -> bool:
     return bool(torch.stack([p.isfinite().all() for p in dictionary.parameters()]).all())
-
-
-def _diverged(what: str, step: int) -> DictlearnError:
-    return DictlearnError(
-        f"Training diverged: {what} not finite by step {step}. The last checkpoint is from before: lower "
-        f"optimizer.lr or set optimizer.clip_norm."
-    )

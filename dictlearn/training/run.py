@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from dictlearn.config import build
+from dictlearn.config import ConfigError, build, plain
 from dictlearn.data import ActivationData, TextData
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation import EvaluationContext, Results
@@ -25,53 +25,110 @@ from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.hub import save
 from dictlearn.hub.codecs.native import WEIGHTS
 from dictlearn.lm import LM, load_lm
-from dictlearn.training.build import build_members, entries, preflight, sites_of
-from dictlearn.training.callbacks import Environment, ProgressDisplay, RandomState, WholeFiles, periodic_checkpoint
-from dictlearn.training.module import DictionaryTraining, Member
+from dictlearn.training.build import build_members
+from dictlearn.training.callbacks import (
+    Environment,
+    Identity,
+    ProgressDisplay,
+    RandomState,
+    WholeFiles,
+    keep_newest,
+    periodic_checkpoint,
+)
+from dictlearn.training.interrupt import StopOnSignal
+from dictlearn.training.loggers import DictionaryLogger
+from dictlearn.training.module import DictionaryTraining, Diverged, Member
+from dictlearn.training.plan import plan, show
+from dictlearn.training.points import Entry, entries, sites_of
+from dictlearn.training.preflight import preflight, problems
+from dictlearn.training.resume import (
+    AUTO,
+    CONFIG,
+    Checkpoint,
+    check_identity,
+    identity_of,
+    newest_whole,
+    resumed,
+    resumed_if_begun,
+)
+from dictlearn.training.sweep import write_run_table
 from dictlearn.types import DictlearnError
 
-CONFIG = "config.yaml"
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, overrides: Sequence[str], console: Console) -> Results:
+class Setup(NamedTuple):
+    """What a run is made of, loaded."""
+
+    lm: LM
+    data: ActivationData
+    entries: list[Entry]
+    members: list[Member]
+
+
+def train(cfg: DictConfig, overrides: Sequence[str], console: Console, job: int | None = None) -> Results:
     """Train the dictionaries of `cfg` (or continue those of `cfg.resume`), save and evaluate them.
 
-    Raises DictlearnError before anything is loaded or written if the configuration does not work.
+    `job` is the number of a job of a sweep, which runs in a folder of its own. Raises DictlearnError before
+    anything is loaded or written if the configuration does not work; with `plan`, nothing is.
     """
     with console.status("Checking the configuration"):
-        cfg, checkpoint = resumed(cfg.resume, overrides) if cfg.resume else (_started(cfg, overrides), None)
+        cfg, checkpoint = _begun(cfg, overrides, job)
+    if cfg.plan:
+        show(plan(cfg), cfg, console)
+        return Results({})
     _quieten()
     L.seed_everything(cfg.seed, verbose=False)
     run_dir = Path(cfg.run_dir)
-    with console.status("") as status:
-        lm, data, members = _load(cfg, status.update if console.is_terminal else console.print)
-        n_steps = len(data.train_dataloader())
-        module = DictionaryTraining(members, n_steps, cfg.batch_size)
-        trainer = _trainer(cfg, n_steps, console)
-    if cfg.trainer.accelerator == "gpu":
-        torch.set_float32_matmul_precision("high")  # TF32
+    with _interruptible("Interrupted before training began; nothing is lost"), console.status("") as status:
+        setup = _load(cfg, status.update if console.is_terminal else console.print)
+    identity = identity_of(cfg, setup.lm, setup.data.store.fingerprint)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
+    loggers = list(build(cfg.logger).values())
+    own_loggers = [logger for logger in loggers if isinstance(logger, DictionaryLogger)]
+    folders = {entry.name: run_dir / "dictionaries" / entry.name for entry in setup.entries}
+    results = Results({})
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except (SystemExit, KeyboardInterrupt):  # SIGTERM, Ctrl-C
-        raise DictlearnError(
-            f"Stopped at step {module.global_step} of {n_steps}. Go on from the last checkpoint: resume={run_dir}"
-        ) from None
+        for logger in own_loggers:
+            logger.start({entry.name: _logged_config(cfg, entry) for entry in setup.entries})
+        _fit(cfg, setup, identity, loggers, checkpoint, console)
+        keep_newest(run_dir / "checkpoints")
+        plot_training(run_dir / "metrics.csv", run_dir / "plots")
+        dictionaries = _save(cfg, setup, folders)
+        with _interruptible(f"Interrupted; the dictionaries are saved: evaluate.py load={run_dir} out=..."):
+            results = _evaluate(cfg, setup, dictionaries, folders, console)
     finally:
-        _close(trainer)
-        torch.set_float32_matmul_precision("highest")  # evaluation selects latents in float32
-    _keep_newest(run_dir / "checkpoints")
-    plot_training(run_dir / "metrics.csv", run_dir / "plots")
-    dictionaries = _save(cfg, lm, data.text, members, run_dir / "dictionaries")
-    return _evaluate(cfg, data, dictionaries, run_dir, console)
+        for logger in own_loggers:
+            logger.finish(results.reports, folders)
+    return results
 
 
-def _started(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Check the configuration of a new run, then write it into its folder."""
-    preflight(cfg, overrides)
-    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
-    return cfg
+def _begun(cfg: DictConfig, overrides: Sequence[str], job: int | None) -> tuple[DictConfig, Checkpoint | None]:
+    """The checked configuration of the run, written into its folder, and the checkpoint to continue from."""
+    fixed_folder = "${now:" not in str(OmegaConf.to_container(cfg, resolve=False)["run_dir"])  # type: ignore[index]
+    cfg.run_dir = str(cfg.run_dir if job is None else Path(cfg.run_dir) / str(job))  # `now` becomes a fixed time
+    if cfg.resume is not None and cfg.resume != AUTO:
+        cfg, checkpoint = resumed(str(cfg.resume), overrides)
+        if found := problems(cfg, [], resuming=True):
+            raise ConfigError(found)
+        cfg.init_from = None  # the checkpoint has the weights
+        return cfg, checkpoint
+    if cfg.resume == AUTO:
+        found = problems(cfg, overrides, resuming=True)
+        if not fixed_folder:
+            found.append("resume=auto continues what is in run_dir: give run_dir=DIR")
+        if found:
+            raise ConfigError(found)
+        if (checkpoint := resumed_if_begun(cfg)) is not None:
+            cfg.init_from = None
+            return cfg, checkpoint
+    else:
+        preflight(cfg, overrides)
+    if not cfg.plan:
+        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
+    return cfg, None
 
 
 def _quieten() -> None:
@@ -81,18 +138,58 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # it does on resume
 
 
-def _trainer(cfg: DictConfig, n_steps: int, console: Console) -> L.Trainer:
+@contextmanager
+def _interruptible(message: str) -> Iterator[None]:
+    """Ctrl-C inside the block is an error with this message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise DictlearnError(f"{message}.") from None
+
+
+def _load(cfg: DictConfig, say: Callable[[str], None]) -> Setup:
+    """LM, text and dictionaries; the commit of a Hub LM is fixed in the run's configuration."""
+    device = "cuda" if cfg.trainer.accelerator == "gpu" else "cpu"
+    say(f"Loading {cfg.lm.name}")
+    lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
+    if lm.revision != cfg.lm.revision:
+        cfg.lm.revision = lm.revision
+        OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
+    found = entries(cfg, lm.model)
+    data = ActivationData(
+        build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream
+    )
+    say("Measuring the activations")
+    statistics = data.statistics(cfg.statistics_n_tokens)
+    return Setup(lm, data, found, build_members(cfg, found, lm, statistics))
+
+
+def _fit(
+    cfg: DictConfig,
+    setup: Setup,
+    identity: dict[str, Any],
+    loggers: list[Any],
+    checkpoint: Checkpoint | None,
+    console: Console,
+) -> None:
+    """Train to the end, or raise DictlearnError that says where it stopped and how to go on."""
     run_dir = Path(cfg.run_dir)
-    return build(
+    checkpoints = run_dir / "checkpoints"
+    n_steps = len(setup.data.train_dataloader())
+    module = DictionaryTraining(setup.members, n_steps, cfg.batch_size)
+    stopper = StopOnSignal(checkpoints, console)
+    trainer = build(
         cfg.trainer,
-        logger=list(build(cfg.logger).values()),
+        logger=loggers,
         callbacks=[
             ProgressDisplay(console),
             RandomState(),
             Environment(),
-            periodic_checkpoint(run_dir / "checkpoints", n_steps),
+            Identity(identity),
+            stopper,
+            periodic_checkpoint(checkpoints, n_steps),
         ],
-        plugins=[WholeFiles()],
+        plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         max_steps=n_steps,
         max_epochs=-1,
         enable_progress_bar=False,
@@ -100,102 +197,92 @@ def _trainer(cfg: DictConfig, n_steps: int, console: Console) -> L.Trainer:
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
-
-
-def _keep_newest(folder: Path) -> None:
-    """Lightning keeps the checkpoint that a run was resumed from."""
-    for old in sorted(folder.glob("step-*.ckpt"))[:-1]:
-        old.unlink()
-
-
-def _close(trainer: L.Trainer) -> None:
-    """End the W&B run: the next one of a sweep, in this process, is another."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
-
-
-def resumed(folder: str, overrides: Sequence[str]) -> tuple[DictConfig, str]:
-    """The configuration of the run in `folder` and its newest checkpoint.
-
-    Raises DictlearnError if there is none, or if other keys are given: a resumed run is the same run.
-    """
-    if others := [override for override in overrides if not override.startswith("resume=")]:
-        raise DictlearnError(f"resume continues the run as it was configured; leave out {', '.join(others)}")
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise DictlearnError(f"resume must be a run folder with {CONFIG}, and {folder} has none")
-    checkpoints = sorted((Path(folder) / "checkpoints").glob("step-*.ckpt"), reverse=True)
-    newest = next((checkpoint for checkpoint in checkpoints if _is_whole(checkpoint)), None)
-    if newest is None:
-        raise DictlearnError(f"{folder} has no whole checkpoint yet: start the run again in a new folder")
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
-    cfg.run_dir = folder
-    return cfg, str(newest)
-
-
-def _is_whole(checkpoint: Path) -> bool:
+    if cfg.trainer.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32
+    path = None if checkpoint is None else str(checkpoint.path)
+    stopped = f"Stopped at step {{}} of {n_steps}. Go on with resume={run_dir}"
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-        log.warning("%s is damaged: taking the one before", checkpoint)
-        return False
-    return True
+        with stopper.listening():
+            trainer.fit(module, datamodule=setup.data, ckpt_path=path, weights_only=True)
+    except (SystemExit, KeyboardInterrupt):  # a second signal
+        raise DictlearnError(f"{stopped.format(module.global_step)}, from its last checkpoint.") from None
+    except Diverged as error:
+        raise DictlearnError(f"{error} {_last_good(run_dir)}") from None
+    finally:
+        torch.set_float32_matmul_precision("highest")  # evaluation selects latents in float32
+    if stopper.stopped_at is not None and stopper.stopped_at < n_steps:
+        raise DictlearnError(f"{stopped.format(stopper.stopped_at)} (saved there).")
 
 
-def _load(cfg: DictConfig, say: Callable[[str], None]) -> tuple[LM, ActivationData, list[Member]]:
-    device = "cuda" if cfg.trainer.accelerator == "gpu" else "cpu"
-    say(f"Loading {cfg.lm.name}")
-    lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
-    found = entries(cfg, lm.model)
-    data = ActivationData(build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed)
-    say("Measuring the activations")
-    statistics = data.statistics(cfg.statistics_n_tokens)
-    return lm, data, build_members(cfg, found, lm, statistics)
+def _last_good(run_dir: Path) -> str:
+    newest = newest_whole(run_dir)
+    if newest is None:
+        return "There is no checkpoint from before."
+    return f"The last good checkpoint is {newest.path}, of step {newest.step}."
 
 
-def _save(
-    cfg: DictConfig, lm: LM, text: TextData, members: Sequence[Member], folder: Path
-) -> dict[str, Dictionary]:
+def _logged_config(cfg: DictConfig, entry: Entry) -> dict[str, Any]:
+    """The configuration of one dictionary in a flat run: its own settings, and what the run shares."""
+    shared = ("lm", "data", "n_tokens", "batch_size", "seed", "stream", "statistics_n_tokens", "trainer")
+    own = {"reads": entry.read.name, "writes": entry.write.name, **entry.values}
+    return {"dictionary": plain(entry.config), **own, **{key: plain(cfg[key]) for key in shared}}
+
+
+def _save(cfg: DictConfig, setup: Setup, folders: Mapping[str, Path]) -> dict[str, Dictionary]:
     """Inference dictionaries by name, written in the native format with where they come from."""
-    metadata: dict[str, Any] = {
+    dictionaries = {}
+    for entry, member in zip(setup.entries, setup.members, strict=True):
+        dictionary = member.learner.dictionary.for_inference()
+        dictionary.metadata = _metadata(cfg, setup.lm, setup.data.text, entry)
+        save(dictionary, folders[entry.name])
+        dictionaries[entry.name] = dictionary
+    return dictionaries
+
+
+def _metadata(cfg: DictConfig, lm: LM, text: TextData, entry: Entry) -> dict[str, Any]:
+    """Where a dictionary comes from, in its cfg.json."""
+    recorded: dict[str, Any] = {"kind": type(text).__name__, **asdict(text)}
+    recorded.pop("cache_dir")
+    if "path" in recorded:
+        recorded["path"] = str(Path(recorded["path"]).absolute())
+    return {
         "lm_name": str(Path(lm.name).resolve()) if Path(lm.name).is_dir() else lm.name,
         "lm_revision": lm.revision,
         "lm_dtype": lm.dtype,
         "ctx": text.ctx,
         "prepend_bos": (lm.tokenizer.bos_token_id or lm.tokenizer.eos_token_id) is not None,
-        "data": {"kind": type(text).__name__, **asdict(text)},
+        "data": recorded,
         "seed": cfg.seed,
         "n_tokens": cfg.n_tokens,
+        "normalise": entry.config.normalise,
+        "init_from": None if cfg.init_from is None else str(Path(cfg.init_from).absolute()),
+        "point": entry.values,
     }
-    metadata["data"].pop("cache_dir")
-    if "path" in metadata["data"]:
-        metadata["data"]["path"] = str(Path(metadata["data"]["path"]).absolute())
-    dictionaries = {}
-    for member in members:
-        dictionary = member.learner.dictionary.for_inference()
-        dictionary.metadata = metadata
-        save(dictionary, folder / member.learner.name)
-        dictionaries[member.learner.name] = dictionary
-    return dictionaries
 
 
 def _evaluate(
-    cfg: DictConfig, data: ActivationData, dictionaries: dict[str, Dictionary], run_dir: Path, console: Console
+    cfg: DictConfig,
+    setup: Setup,
+    dictionaries: Mapping[str, Dictionary],
+    folders: Mapping[str, Path],
+    console: Console,
 ) -> Results:
+    run_dir = Path(cfg.run_dir)
     with console.status("Preparing held-out text"):
-        rows = data.heldout(cfg.evaluation.n_tokens)
-    folders = {name: run_dir / "dictionaries" / name for name in dictionaries}
+        rows = setup.data.heldout(cfg.evaluation.n_tokens)
     context = EvaluationContext(
-        lm=data.lm,
-        dictionaries={name: d.to(data.lm.device) for name, d in dictionaries.items()},
+        lm=setup.lm,
+        dictionaries={name: d.to(setup.lm.device) for name, d in dictionaries.items()},
         tokens=rows.tokens,
         mask=rows.mask,
         data=rows.info,
         batch_rows=cfg.evaluation.batch_rows,
         weight_files={name: folder / WEIGHTS for name, folder in folders.items()},
+        max_norm_ratio=setup.data.text.max_norm_ratio,
     )
     results = evaluate_and_show(context, build(cfg.evaluation.blocks), folders, run_dir / "plots", console)
+    if cfg.grid is not None or cfg.sites is not None:
+        write_run_table(setup.entries, results.reports, run_dir)
+        console.print(f"Sweep: {run_dir / 'sweep.csv'}, {run_dir / 'plots' / 'frontier.png'}")
     console.print(f"Run folder: {run_dir}")
     return results

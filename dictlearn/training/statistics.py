@@ -33,6 +33,8 @@ class TrainingStatistics(nn.Module):
     fired: Int[Tensor, " n_latents"]  # firings in this window
     sums: Tensor  # [4]: loss, tokens, SSE, sum of squares of the target; float64
     target_sum: Tensor  # [n_writes * d_out]; float64
+    n_finite: Int[Tensor, ""]  # steps of the run before the first whose loss was not finite
+    is_finite: Bool[Tensor, ""]
 
     def __init__(self, n_latents: int, width: int, dead_after_tokens: int) -> None:
         super().__init__()
@@ -42,6 +44,8 @@ class TrainingStatistics(nn.Module):
         self.register_buffer("fired", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))
         self.register_buffer("target_sum", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("n_finite", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("is_finite", torch.ones((), dtype=torch.bool))
         self._dead: Int[Tensor, " n_dead"] | None = None
         self._dead_is_current = False
         self.register_load_state_dict_post_hook(_forget_dead)
@@ -59,6 +63,8 @@ class TrainingStatistics(nn.Module):
     def update(self, step: Step, loss: Scalar) -> None:
         """Add one step; `loss` is its total loss."""
         _count_fired_(self.fired, step.latents)
+        self.is_finite &= loss.isfinite()
+        self.n_finite += self.is_finite
         n_tokens = len(step.x)
         error = (step.target - step.recon).square().sum(dtype=torch.float64)
         sum_sq = step.target.square().sum(dtype=torch.float64)

@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.data.helpers import random_documents
 
 SMALL = (
@@ -15,9 +13,6 @@ SMALL = (
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="hydra/job_logging and hydra_logging: disabled silence every warning; none does not"
-)
 def test_a_text_that_ends_is_announced_in_the_terminal(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(random_documents(150)))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.kernels import layer_norm
 from dictlearn.losses.aux_k import AuxK
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.learner import Learner, prepare
@@ -60,7 +61,17 @@ class PlantedStream:
         for site in ("x", "y"):
             acts = torch.cat([self.batch(20_000 + i).acts[site] for i in range(20)]).double()
             spread = float((acts - acts.mean(0)).square().sum(-1).mean())
-            found[site] = SiteStatistics(float(acts.norm(dim=-1).mean()), acts.mean(0), spread, len(acts))
+            norms, z = acts.norm(dim=-1), layer_norm(acts).z
+            found[site] = SiteStatistics(
+                mean_norm=float(norms.mean()),
+                mean=acts.mean(0),
+                variance=spread,
+                n_tokens=len(acts),
+                median_norm=float(norms.median()),
+                n_filtered=0,
+                layer_norm_mean=z.mean(0),
+                layer_norm_variance=float((z - z.mean(0)).square().sum(-1).mean()),
+            )
         return found
 
 

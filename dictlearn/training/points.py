@@ -1,0 +1,249 @@
+"""The dictionaries of a run: those of the experiment, at every site of `sites`, at every point of `grid`."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
+
+from dictlearn.config import ConfigError, plain, values_at
+from dictlearn.lm import file_name, resolve_pair
+from dictlearn.lm.sites import FAMILIES, KINDS
+from dictlearn.types import DictlearnError, Site
+
+OF_ONE_DICTIONARY = (  # what the points of a grid, and the `set` of a dictionary, may change
+    "dictionaries",
+    "dictionary",
+    "sparsifier",
+    "objective",
+    "optimizer",
+    "schedule",
+    "expansion",
+    "normalise",
+    "dead_after_tokens",
+    "grid",
+)
+
+
+class Point(NamedTuple):
+    """One point of the grid: its values, and the run's configuration with them."""
+
+    values: dict[str, Any]
+    config: DictConfig
+
+
+class Entry(NamedTuple):
+    """One dictionary of a run.
+
+    `name` is its folder; `base` the name without the point's values, so that a point starts from the same weights
+    as the run that has its values alone. `values` are those of the grid point.
+    """
+
+    name: str
+    base: str
+    config: DictConfig
+    read: Site
+    write: Site
+    values: dict[str, Any]
+
+
+def points(cfg: DictConfig) -> list[Point]:
+    """Every combination of the values of `grid`; without a grid, the one configuration.
+
+    Raises ConfigError for keys that do not exist, that the dictionaries of one pass share, or that change nothing.
+    """
+    if cfg.grid is None:
+        return [Point({}, cfg)]
+    grid = plain(cfg.grid)
+    if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
+        raise ConfigError(
+            [f"grid gives lists of values by key, such as 'grid={{sparsifier.k:[16,32]}}', got {cfg.grid!r}"]
+        )
+    if problems := _grid_problems(cfg, grid):
+        raise ConfigError(problems)
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [Point(values, values_at(cfg, values, "grid")) for values in combinations]
+
+
+def _grid_problems(cfg: DictConfig, grid: Mapping[str, list[Any]]) -> list[str]:
+    problems = []
+    for key, values in grid.items():
+        if any(values.count(value) > 1 for value in values):
+            problems.append(f"grid: the values of {key} must differ, got {values}")
+        try:
+            varied = [values_at(cfg, {key: value}, "grid") for value in values]
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if shared := sorted({part for config in varied for part in _shared_changes(cfg, config)}):
+            problems.append(
+                f"grid: {key} changes {', '.join(shared)}, which all dictionaries of one pass share (LM, data, "
+                f"stream): {_instead(key, values)}"
+            )
+        elif len(values) > 1 and all(plain(c.dictionaries) == plain(varied[0].dictionaries) for c in varied):
+            problems.append(
+                f"grid: {key} has no effect on the dictionaries {', '.join(map(str, cfg.dictionaries))}"
+            )
+    return problems
+
+
+def _instead(key: str, values: Iterable[Any]) -> str:
+    if key == "site":
+        return f"give sites=[{','.join(map(str, values))}]"
+    return f"sweep it by separate runs, 'train.py -m {key}={','.join(map(str, values))}'"
+
+
+def _shared_changes(cfg: DictConfig, changed: DictConfig) -> list[str]:
+    """The settings outside single dictionaries that differ."""
+    before, after = OmegaConf.to_container(cfg, resolve=False), OmegaConf.to_container(changed, resolve=False)
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    return [str(key) for key in before if key not in OF_ONE_DICTIONARY and before[key] != after[key]]
+
+
+def nodes(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The settings of each dictionary of the experiment, its `set` applied. Raises ConfigError."""
+    found = {}
+    for name in map(str, cfg.dictionaries):
+        own = plain(cfg.dictionaries[name].get("set") or {})
+        changed = values_at(cfg, own, f"dictionaries.{name}.set")
+        if shared := _shared_changes(cfg, changed):
+            raise ConfigError([f"dictionaries.{name}.set changes {', '.join(shared)}, which the whole run shares"])
+        found[name] = OmegaConf.create(plain(changed.dictionaries[name]))
+    return found
+
+
+def entries(cfg: DictConfig, model: PreTrainedModel) -> list[Entry]:
+    """The run's dictionaries, each named by its write site, its key where two write the same, and its point.
+
+    Raises ConfigError with all problems of their sites.
+    """
+    found: list[Entry] = []
+    for point in points(cfg):
+        sited = _sited(nodes(point.config), cfg.sites, model)
+        writes = [file_name(write.name) for *_, write in sited]
+        for (key, node, read, write), site in zip(sited, writes, strict=True):
+            base = site if writes.count(site) == 1 else file_name(f"{site}_{key}")
+            found.append(Entry(base + _suffix(point.values), base, node, read, write, point.values))
+    names = [entry.name for entry in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError([f"Two dictionaries of the run would have the same name: {', '.join(twice)}"])
+    return found
+
+
+def _sited(
+    found: Mapping[str, DictConfig], sites: Any, model: PreTrainedModel
+) -> list[tuple[str, DictConfig, Site, Site]]:
+    """Key, settings, read and write site of every dictionary."""
+    placed = []
+    problems: list[str] = []
+    for key, node in found.items():
+        try:
+            names = [node.site] if sites is None else expand_sites(sites, model)
+        except DictlearnError as error:
+            problems.append(str(error))
+            continue
+        for name in names:
+            try:
+                read, write = _site_pair(model, key, name, node.transcodes)
+            except DictlearnError as error:
+                problems.append(str(error))
+                continue
+            own = OmegaConf.merge(node, {"site": name})
+            assert isinstance(own, DictConfig)
+            placed.append((key, own, read, write))
+    if problems:
+        raise ConfigError(problems)
+    return placed
+
+
+def _site_pair(model: PreTrainedModel, key: str, name: Any, transcodes: bool) -> tuple[Site, Site]:
+    if not isinstance(name, str):
+        raise DictlearnError(
+            "site is required: give site=..., such as resid_post.2, or mlp.2 for a transcoder"
+            if name is None
+            else f"dictionaries.{key}: site must be a name such as resid_post.2, got {name!r}"
+        )
+    read, write = resolve_pair(model, name)
+    if transcodes and read == write:
+        raise DictlearnError(
+            f"dictionaries.{key}: a transcoder needs a site that reads and writes, such as mlp.2, got {name}"
+        )
+    if not transcodes and read != write:
+        raise DictlearnError(
+            f"dictionaries.{key}: a sparse autoencoder reads and writes one site, but {name} reads "
+            f"{read.name} and writes {write.name}: use one of them, or dictionary=transcoder"
+        )
+    return read, write
+
+
+def expand_sites(sites: Any, model: PreTrainedModel) -> list[str]:
+    """Site names of a list of names and globs ("resid_post.*", "mlp.[0-5]"), or of one; each once.
+
+    A glob stands for readable names, or for module paths where no readable name matches. Raises DictlearnError
+    where it matches nothing.
+    """
+    patterns = [sites] if isinstance(sites, str) else plain(sites)
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) for p in patterns):
+        raise DictlearnError(f"sites is a list of site names or a glob, such as 'resid_post.*', got {sites!r}")
+    names: dict[str, None] = {}
+    readable = _readable(model)
+    for pattern in patterns:
+        if not any(sign in pattern for sign in "*?["):
+            names[pattern] = None
+            continue
+        paths = [path for path, _ in model.named_modules() if path]
+        matches = fnmatch.filter(readable, pattern) or fnmatch.filter(paths, pattern)
+        if not matches:
+            choices = f"readable names such as {', '.join(readable[:3])}" if readable else "module paths"
+            raise DictlearnError(f"sites: {pattern!r} matches no site of this model, which has {choices}")
+        names |= dict.fromkeys(matches)
+    return list(names)
+
+
+def _readable(model: PreTrainedModel) -> list[str]:
+    """The readable names that this model has, and the pairs `mlp.L`."""
+    config = model.config.get_text_config()
+    if config.model_type not in FAMILIES:
+        return []
+    layers = range(config.num_hidden_layers)
+    kinds = [kind for kind in (*KINDS, "mlp") if kind != "embed"]
+    names = ["embed", *(f"{kind}.{layer}" for kind in kinds for layer in layers)]
+    return [name for name in names if _exists(model, name)]
+
+
+def _exists(model: PreTrainedModel, name: str) -> bool:
+    try:
+        resolve_pair(model, name)
+    except DictlearnError:
+        return False
+    return True
+
+
+def _suffix(values: Mapping[str, Any]) -> str:
+    """`{"sparsifier.k": 16, "optimizer.lr": 1e-4}` -> `_k-16_lr-1e-4`; longer keys where short ones are equal."""
+    shorts = [key.rpartition(".")[2] for key in values]
+    keys = [short if shorts.count(short) == 1 else key for short, key in zip(shorts, values, strict=True)]
+    return "".join(
+        f"_{file_name(f'{key}-{_short(value)}')}" for key, value in zip(keys, values.values(), strict=True)
+    )
+
+
+def _short(value: Any) -> str:
+    """Numbers as one writes them: 1e-4, 0.05, 16; two different ones are never the same text."""
+    if not isinstance(value, float) or value == 0:
+        return str(value)
+    mantissa, exponent = f"{value:e}".split("e")
+    scientific = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    if float(scientific) != value:
+        return repr(value)
+    return scientific if abs(int(exponent)) > 2 else repr(value)
+
+
+def sites_of(found: Iterable[Entry]) -> list[Site]:
+    """Every site to capture, once."""
+    return list(dict.fromkeys(site for entry in found for site in (entry.read, entry.write)))

@@ -1,0 +1,93 @@
+"""Everything that is wrong with a training configuration, found before the LM is loaded or anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
+
+from dictlearn.config import ConfigError, build, collect, is_count, missing, unused_overrides, value_problems
+from dictlearn.data import TextData
+from dictlearn.dictionaries import Dictionary
+from dictlearn.lm import site_width, skeleton
+from dictlearn.training.build import build_dictionary, starting_dictionaries
+from dictlearn.training.points import Entry, entries, nodes, points
+
+PARTS = ("objective", "optimizer", "schedule")
+
+
+def preflight(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError with every problem found, before anything is loaded or written."""
+    if found := problems(cfg, overrides):
+        raise ConfigError(found)
+
+
+def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) -> list[str]:
+    """What is wrong with the configuration, one sentence each. `resuming`: the run folder is in use already."""
+    found = missing(cfg)
+    if not isinstance(cfg.get("dictionaries"), DictConfig) or not cfg.dictionaries:
+        return [*found, "dictionaries is empty: choose experiment=default or experiment=single"]
+    plain_values = value_problems(cfg)
+    found += plain_values + unused_overrides(cfg, overrides)
+    if not resuming and not cfg.plan and any(Path(cfg.run_dir).glob("*")):
+        found.append(f"run_dir {cfg.run_dir} is not empty: choose another one, or resume={cfg.run_dir}")
+    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        found.append("trainer=gpu needs a CUDA device, and torch finds none: use trainer=cpu")
+    model = _skeleton(cfg, found)
+    _check_text(cfg, model, found)
+    dictionaries = [] if model is None else collect(found, lambda: entries(cfg, model)) or []
+    starts = collect(found, lambda: starting_dictionaries(cfg.init_from, dictionaries)) or {}
+    for entry in dictionaries:
+        _check_dictionary(entry, model, starts, found)
+    if not dictionaries:
+        _check_parts(cfg, found)
+    return list(dict.fromkeys(found))
+
+
+def _skeleton(cfg: DictConfig, found: list[str]) -> PreTrainedModel | None:
+    if OmegaConf.missing_keys(cfg.lm):
+        return None
+    if not isinstance(cfg.lm.name, str):
+        found.append(f"lm.name must be 'embedded', a folder or a Hub id, got {cfg.lm.name!r}")
+        return None
+    return collect(found, lambda: skeleton(cfg.lm.name, cfg.lm.revision))
+
+
+def _check_text(cfg: DictConfig, model: PreTrainedModel | None, found: list[str]) -> None:
+    if OmegaConf.missing_keys(cfg.data):
+        return
+    text: TextData | None = collect(found, lambda: build(cfg.data))
+    if text is not None:
+        config = model.config.get_text_config() if model is not None else None
+        found += text.problems(getattr(config, "max_position_embeddings", None))
+
+
+def _check_dictionary(
+    entry: Entry, model: PreTrainedModel | None, starts: Mapping[str, Dictionary], found: list[str]
+) -> None:
+    """Build all of it, the weights on the meta device."""
+    for part in PARTS:
+        collect(found, lambda p=part: build(entry.config[p]))
+    if not is_count(entry.config.expansion, 1):
+        return  # said of the key itself
+    assert model is not None
+    d_in, d_out = site_width(model, entry.read), site_width(model, entry.write)
+    if d_in is None or d_out is None:  # known once the LM runs
+        collect(found, lambda: build(entry.config.module.sparsifier))
+        return
+    dictionary = collect(found, lambda: build_dictionary(entry, d_in, d_out, "meta"))
+    start = starts.get(entry.name)
+    if dictionary is not None and start is not None:
+        collect(found, lambda: dictionary.start_from_(start))
+
+
+def _check_parts(cfg: DictConfig, found: list[str]) -> None:
+    """What can be said of the dictionaries where their sites are not known."""
+    for point in collect(found, lambda: points(cfg)) or []:
+        for node in (collect(found, lambda p=point: nodes(p.config)) or {}).values():
+            for part in PARTS:
+                collect(found, lambda n=node, p=part: build(n[p]))
+            collect(found, lambda n=node: build(n.module.sparsifier))

@@ -1,0 +1,121 @@
+"""Continuing a run: its configuration, its newest whole checkpoint, and whether it still is the same run."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dictlearn.config import ConfigError, plain
+from dictlearn.lm import LM
+from dictlearn.training.callbacks import Identity
+from dictlearn.types import DictlearnError
+
+CONFIG = "config.yaml"
+AUTO = "auto"
+MAY_DIFFER = ("resume", "run_dir", "name", "plan", "logger", "evaluation")  # nothing of it reaches the weights
+PLACES = ("lm.name", "lm.revision", "data.path", "data.cache_dir", "init_from")  # where content lies
+log = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint: its file and what it holds."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.content["global_step"]
+
+
+def resumed(folder: str, overrides: Sequence[str]) -> tuple[DictConfig, Checkpoint]:
+    """The configuration of the run in `folder` and its newest whole checkpoint.
+
+    Raises DictlearnError if there is none, or if other keys are given: a resumed run is the same run.
+    """
+    if others := [override for override in overrides if not override.startswith("resume=")]:
+        raise DictlearnError(f"resume continues the run as it was configured; leave out {', '.join(others)}")
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise DictlearnError(f"resume must be a run folder with {CONFIG}, and {folder} has none")
+    newest = newest_whole(Path(folder))
+    if newest is None:
+        raise DictlearnError(f"{folder} has no whole checkpoint yet: start the run again in a new folder")
+    cfg = _stored(path)
+    cfg.run_dir = folder
+    return cfg, newest
+
+
+def resumed_if_begun(cfg: DictConfig) -> Checkpoint | None:
+    """resume=auto: the newest whole checkpoint in `run_dir`; None where the run has to start.
+
+    Raises ConfigError, with every difference, where `run_dir` holds a run of another configuration.
+    """
+    path = Path(cfg.run_dir) / CONFIG
+    if not path.is_file():
+        if any(Path(cfg.run_dir).glob("*")):
+            raise DictlearnError(f"run_dir {cfg.run_dir} holds files but no run ({CONFIG}): choose another one")
+        return None
+    stored = _stored(path)
+    if differences := _differences(plain(stored), plain(cfg)):
+        raise ConfigError(
+            f"run_dir {cfg.run_dir} holds a run with {key} = {before!r}, not {after!r}: choose another run_dir"
+            for key, (before, after) in differences.items()
+        )
+    return newest_whole(Path(cfg.run_dir))
+
+
+def newest_whole(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read to its end; damaged ones are passed over with a warning."""
+    for path in sorted((run_dir / "checkpoints").glob("step-*.ckpt"), reverse=True):
+        try:
+            return Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            log.warning("%s is damaged: taking the one before", path)
+    return None
+
+
+def identity_of(cfg: DictConfig, lm: LM, text: str) -> dict[str, Any]:
+    """What makes a run this run; `text` is the fingerprint of its token rows."""
+    config = {key: value for key, value in plain(cfg).items() if key not in MAY_DIFFER}
+    return {"LM weights": lm.fingerprint(), "text": text, "config": config}
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raise DictlearnError where LM, text or configuration are no longer those that the run began with.
+
+    Files may have moved: LM and text are compared by content.
+    """
+    before = checkpoint.content["callbacks"][Identity.__qualname__]
+    changed = [f"the {key} changed" for key in ("LM weights", "text") if before[key] != identity[key]]
+    differences = _differences(before["config"], identity["config"])
+    changed += [f"{key} was {old!r}, now {new!r}" for key, (old, new) in differences.items() if key not in PLACES]
+    if changed:
+        raise DictlearnError(
+            "A run continues with the LM, text, sites and schedule that it began with, but "
+            f"{'; '.join(changed)}. Start a new run in another folder (init_from= takes over the weights)."
+        )
+
+
+def _stored(path: Path) -> DictConfig:
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Key -> (before, after) of every value that differs and matters."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        same = before == after or (prefix == "lm.revision." and after is None)  # the commit is fixed at the start
+        return {} if same else {prefix.rstrip("."): (before, after)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*before, *after]):
+        if prefix or key not in MAY_DIFFER:
+            found |= _differences(before.get(key), after.get(key), f"{prefix}{key}.")
+    return found
