@@ -1,16 +1,20 @@
 """The evaluation door."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dictlearn.config import ConfigError
 from dictlearn.evaluation import EvaluationContext
+from dictlearn.evaluation import main as evaluation_main
 from dictlearn.types import DictlearnError
-from tests.runs import command, run_evaluate, run_train
+from tests.runs import command, composed, run_evaluate, run_train
 
+NUMBERS = ("sparsity", "geometry", "reconstruction", "behaviour")
 SMALL = ("n_tokens=3_000", "evaluation.blocks.behaviour.n_tokens=1_000")
 
 
@@ -23,7 +27,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def numbers(folder: Path, name: str) -> dict[str, Any]:
     report = json.loads((folder / name / "report.json").read_text())
-    return {block: report[block] for block in ("sparsity", "reconstruction", "behaviour")}
+    return {block: report[block] for block in NUMBERS}
 
 
 def test_a_run_folder_gives_the_numbers_of_its_training(run_dir: Path, tmp_path: Path) -> None:
@@ -35,7 +39,31 @@ def test_a_run_folder_gives_the_numbers_of_its_training(run_dir: Path, tmp_path:
             for key, value in values.items():
                 if isinstance(value, float):
                     assert value == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (name, block, key)
-    assert (tmp_path / "plots" / "mlp_out.2_density.png").exists()
+    for name in results.reports:
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["latents.parquet", "report.json"]
+        for kind in ("density", "l0", "fvu_per_position", "ce_per_position"):
+            assert (tmp_path / "plots" / f"{name}_{kind}.png").exists()
+            assert (tmp_path / "plots" / f"{name}_{kind}.csv").exists()
+
+
+def test_what_is_there_is_overwritten_and_the_report_says_how_much_was_used(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "attn_out.2").mkdir()
+    (tmp_path / "attn_out.2" / "report.json").write_text("old")
+    n_tokens = ("n_tokens=2_000", "evaluation.blocks.behaviour.n_tokens=500")
+    run_evaluate(f"load={run_dir}/dictionaries/attn_out.2", f"out={tmp_path}", *n_tokens)
+    report = json.loads((tmp_path / "attn_out.2" / "report.json").read_text())
+    assert 2_000 <= report["data"]["n_counted"] == report["reconstruction"]["n_tokens"] < 2_000 + 128
+    assert report["behaviour"]["n_rows"] == 4
+    assert 450 < report["behaviour"]["n_tokens"] <= report["behaviour"]["n_replaced"] <= 512
+
+
+def test_the_norm_filter_is_that_of_the_text(run_dir: Path, tmp_path: Path) -> None:
+    one = f"load={run_dir}/dictionaries/resid_post.2"
+    ratio = "data.max_norm_ratio=1.2"
+    results = run_evaluate(one, "lm=embedded", "data=embedded", ratio, f"out={tmp_path}", *SMALL)
+    data = results.reports["resid_post.2"]["data"]
+    assert data["max_norm_ratio"] == 1.2
+    assert 0 < data["n_norm_filtered"] < data["n_masked"]
 
 
 def test_lists_and_globs(run_dir: Path, tmp_path: Path) -> None:
@@ -81,33 +109,89 @@ def refused(*overrides: str) -> str:
     return str(error.value)
 
 
-def test_what_does_not_work_is_said_before_the_lm_loads(run_dir: Path, tmp_path: Path) -> None:
+def changed(source: Path, copy: Path, metadata: dict[str, Any], own: dict[str, Any]) -> Path:
+    """A copy of a dictionary's folder with other words in cfg.json."""
+    shutil.copytree(source, copy)
+    cfg = json.loads((copy / "cfg.json").read_text())
+    cfg["metadata"]["dictlearn"]["metadata"] |= metadata
+    cfg["metadata"]["dictlearn"] |= own
+    (copy / "cfg.json").write_text(json.dumps(cfg))
+    return copy
+
+
+def test_what_does_not_work_is_said_before_the_lm_loads(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_main, "load_lm", lambda *_: pytest.fail("the LM was loaded"))
     assert "load is required" in refused(f"out={tmp_path}")
+    assert "out is required" in refused(f"load={run_dir}")
     assert "holds no dictionary" in refused("load=nowhere", f"out={tmp_path}")
-    dictionary = tmp_path / "copy"
-    dictionary.mkdir()
     source = run_dir / "dictionaries" / "resid_post.2"
-    save_file(load_file(source / "sae_weights.safetensors"), dictionary / "sae_weights.safetensors")
-    cfg = json.loads((source / "cfg.json").read_text())
-    cfg["metadata"]["dictlearn"]["reads"] = cfg["metadata"]["dictlearn"]["writes"] = ["resid_post.9"]
-    (dictionary / "cfg.json").write_text(json.dumps(cfg))
-    assert "resid_post.9" in refused(f"load={dictionary}", f"out={tmp_path / 'x'}")
-    cfg["metadata"]["dictlearn"]["metadata"]["data"] = {"kind": "os.system"}
-    (dictionary / "cfg.json").write_text(json.dumps(cfg))
-    assert "EmbeddedText, LocalText" in refused(f"load={dictionary}", f"out={tmp_path / 'x'}")
+    out = f"out={tmp_path / 'x'}"
+    for load in ("5", "[]", "[5]", "''", "{a:1}"):
+        assert "load must be a dictionary folder" in refused(f"load={load}", out)
+    sites = changed(source, tmp_path / "sites", {}, {"reads": ["resid_post.9"], "writes": ["resid_post.9"]})
+    assert "resid_post.9" in refused(f"load={sites}", out)
+    data = changed(source, tmp_path / "data", {"data": {"kind": "os.system"}}, {})
+    assert "EmbeddedText, HubText, LocalText" in refused(f"load={data}", out)
+    lm = changed(source, tmp_path / "lm", {"lm_name": str(tmp_path / "no_lm")}, {})
+    assert "no_lm" in refused(f"load={lm}", out)
+    wide = changed(source, tmp_path / "wide", {}, {"reads": ["mlp_hidden.1"], "writes": ["mlp_hidden.1"]})
+    assert "'wide' is 128 wide at mlp_hidden.1, where embedded is 512 wide" in refused(f"load={wide}", out)
+    for n_tokens in ("0", "-5", "2.5", "many", "true"):
+        assert "n_tokens must be a whole number of at least 1" in refused(
+            f"load={source}", out, f"n_tokens={n_tokens}"
+        )
+    for device in ("gpu", "5", "meta"):
+        assert "device must be null, cpu, cuda" in refused(f"load={source}", out, f"device={device}")
+    assert "needs a GPU" in refused(f"load={source}", out, "device=cuda:99")
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        assert f"{tmp_path / 'file'} is a file" in refused(f"load={source}", f"out={tmp_path / place}")
+    assert "out must be the folder" in refused(f"load={source}", "out=5")
+    assert "cannot" in refused(f"load={source}", "out=/proc/reports")
     assert not (tmp_path / "x").exists()
+    assert evaluation_main.problems(composed("evaluate", [f"load={source}", out])) == []
+    absent, wrong = evaluation_main.problems(composed("evaluate", [out, "device=tpu"]))
+    assert absent.startswith("load is required")
+    assert wrong.startswith("device must")
+
+
+def test_all_that_is_wrong_is_one_list(run_dir: Path, tmp_path: Path) -> None:
+    source = run_dir / "dictionaries" / "resid_post.2"
+    sites = changed(source, tmp_path / "sites", {}, {"reads": ["resid_post.9"], "writes": ["resid_post.9"]})
+    with pytest.raises(ConfigError) as error:
+        run_evaluate(
+            f"load={sites}",
+            "out=5",
+            "n_tokens=0",
+            "device=tpu",
+            "evaluation.batch_rows=0",
+            "data=local",
+            "data.path=nowhere.txt",
+        )
+    wanted = ("out must", "n_tokens must", "device must", "batch_rows must", "resid_post.9", "nowhere.txt")
+    assert len(error.value.problems) == len(wanted)
+    for words in wanted:
+        assert sum(words in problem for problem in error.value.problems) == 1, words
+
+
+def test_another_lm_than_that_of_the_training_is_in_the_report(run_dir: Path, tmp_path: Path) -> None:
+    source = run_dir / "dictionaries" / "resid_post.2"
+    other = changed(source, tmp_path / "other", {"lm_name": "some/lm"}, {})
+    results = run_evaluate(f"load=[{other},{source}]", "lm=embedded", f"out={tmp_path / 'x'}", *SMALL)
+    assert "was trained on some/lm, is evaluated on embedded" in results.reports["other"]["warnings"]
+    assert not any("trained on" in warning for warning in results.reports["resid_post.2"]["warnings"])
 
 
 def test_a_dictionary_of_another_width_is_refused(run_dir: Path, tmp_path: Path) -> None:
-    dictionary = tmp_path / "copy"
-    dictionary.mkdir()
-    source = run_dir / "dictionaries" / "resid_post.2"
+    source, copy = run_dir / "dictionaries" / "resid_post.2", tmp_path / "copy"
     weights = load_file(source / "sae_weights.safetensors")
     weights = {name: w[..., :64] if name in ("W_dec", "b_dec") else w for name, w in weights.items()}
     weights["W_enc"] = weights["W_enc"][:64]
-    save_file({name: w.contiguous() for name, w in weights.items()}, dictionary / "sae_weights.safetensors")
-    cfg = json.loads((source / "cfg.json").read_text())
+    changed(source, copy, {}, {"d_in": 64, "d_out": 64})
+    save_file({name: w.contiguous() for name, w in weights.items()}, copy / "sae_weights.safetensors")
+    cfg = json.loads((copy / "cfg.json").read_text())
     cfg["d_in"] = 64
-    cfg["metadata"]["dictlearn"] |= {"d_in": 64, "d_out": 64}
-    (dictionary / "cfg.json").write_text(json.dumps(cfg))
-    assert "64 wide" in refused(f"load={dictionary}", f"out={tmp_path / 'x'}", *SMALL)
+    (copy / "cfg.json").write_text(json.dumps(cfg))
+    assert "64 wide" in refused(f"load={copy}", f"out={tmp_path / 'x'}", *SMALL)

@@ -5,62 +5,169 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
+from transformers import PreTrainedModel
 
-from dictlearn.config import ConfigError, build, evaluation_problems
-from dictlearn.data import EmbeddedText, LocalText, TextData
+from dictlearn.config import ConfigError, build, collect, evaluation_problems, missing
+from dictlearn.data import EmbeddedText, HubText, LocalText, TextData
 from dictlearn.dictionaries import Dictionary
-from dictlearn.evaluation.context import EvaluationContext
+from dictlearn.evaluation.context import EvaluationContext, width_problems
 from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.evaluation.run import Results
 from dictlearn.hub import find, load
 from dictlearn.lm import LM, load_lm, resolve, skeleton
+from dictlearn.lm.sites import site_width
 from dictlearn.types import DictlearnError
 
-TEXTS = {"EmbeddedText": EmbeddedText, "LocalText": LocalText}
+TEXTS: dict[str, type[TextData]] = {"EmbeddedText": EmbeddedText, "HubText": HubText, "LocalText": LocalText}
+
+
+class _Plan(NamedTuple):
+    """What will be evaluated, everything checked that can be without the LM's weights."""
+
+    folders: dict[str, Path]
+    dictionaries: dict[str, Dictionary]
+    lm: tuple[str, str | None, str | None]  # name, revision, dtype
+    text: TextData
+    blocks: Any
 
 
 def run_evaluation(cfg: DictConfig, console: Console) -> Results:
     """Evaluate every dictionary that `cfg.load` names; reports go to `out/<dictionary>/`, plots to `out/plots/`.
 
-    Without `lm` or `data`, those that the dictionaries were trained on. Raises DictlearnError before the LM loads
-    if something is missing or does not fit.
+    Without `lm` or `data`, those that the dictionaries were trained on. Raises ConfigError with all that is missing
+    or does not fit before the LM's weights are loaded.
     """
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError(f"{key} is required: give {key}=<value>" for key in missing)
-    refs = cfg.load if isinstance(cfg.load, str) else list(cfg.load)
-    folders = find(refs)
-    dictionaries = {name: _one(folder) for name, folder in folders.items()}
-    if cfg.n_tokens is not None:
-        cfg.evaluation.n_tokens = cfg.n_tokens
-    if problems := evaluation_problems(cfg.evaluation):
-        raise ConfigError(problems)
-    lm_name, revision, dtype = _lm(cfg, dictionaries)
-    for name, d in dictionaries.items():
-        if (own := d.metadata.get("lm_name")) not in (None, lm_name):
-            console.print(f"{name} was trained on {own} and is evaluated on {lm_name}", style="yellow")
-    text = _text(cfg, dictionaries)
-    _check(text, skeleton(lm_name, revision), dictionaries)
-    blocks = build(cfg.evaluation.blocks)
-    with console.status(f"Loading {lm_name}"):
-        lm: LM = load_lm(lm_name, revision, dtype, cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with console.status("Checking"):
+        plan = _plan(cfg)
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status(f"Loading {plan.lm[0]}"):
+        lm: LM = load_lm(*plan.lm, device)
     with console.status("Preparing held-out text"):
-        rows = text.heldout(lm.tokenizer, cfg.evaluation.n_tokens)
+        rows = plan.text.heldout(lm.tokenizer, cfg.evaluation.n_tokens)
     context = EvaluationContext(
         lm=lm,
-        dictionaries={name: d.to(lm.device) for name, d in dictionaries.items()},
+        dictionaries={name: d.to(lm.device) for name, d in plan.dictionaries.items()},
         tokens=rows.tokens,
         mask=rows.mask,
         data=rows.info,
         batch_rows=cfg.evaluation.batch_rows,
-        weight_files={name: next(folder.glob("*.safetensors")) for name, folder in folders.items()},
+        weight_files={name: next(folder.glob("*.safetensors")) for name, folder in plan.folders.items()},
+        max_norm_ratio=plan.text.max_norm_ratio,
+        warnings={name: _other_lm(d, plan.lm[0]) for name, d in plan.dictionaries.items()},
     )
     out = Path(cfg.out)
-    return evaluate_and_show(context, blocks, {name: out / name for name in folders}, out / "plots", console)
+    return evaluate_and_show(
+        context, plan.blocks, {name: out / name for name in plan.folders}, out / "plots", console
+    )
+
+
+def problems(cfg: DictConfig) -> list[str]:
+    """All that `run_evaluation` would refuse, one sentence each."""
+    try:
+        _plan(cfg)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _plan(cfg: DictConfig) -> _Plan:
+    """Raises ConfigError with everything that is wrong."""
+    found = _value_problems(cfg)
+    if absent := missing(cfg):
+        raise ConfigError(absent + found)
+    folders = None if _load_problem(cfg.load) else collect(found, lambda: _find(cfg.load))
+    dictionaries = None if folders is None else collect(found, lambda: {n: _one(f) for n, f in folders.items()})
+    blocks = None if found else collect(found, lambda: build(cfg.evaluation.blocks))
+    if dictionaries is None:
+        raise ConfigError(found)
+    lm = collect(found, lambda: _lm(cfg, dictionaries))
+    text = collect(found, lambda: _text(cfg, dictionaries))
+    model = None if lm is None else collect(found, lambda: skeleton(*lm[:2]))
+    if model is not None:
+        found += _site_problems(model, lm[0] if lm else "", dictionaries)
+    if text is not None:
+        found += text.problems(getattr(model and model.config, "max_position_embeddings", None))
+    if found or folders is None or lm is None or text is None:
+        raise ConfigError(found)
+    return _Plan(folders, dictionaries, lm, text, blocks)
+
+
+def _value_problems(cfg: DictConfig) -> list[str]:
+    given = {"load": _load_problem, "out": _out_problem}
+    checks = [check(cfg[key]) for key, check in given.items() if not OmegaConf.is_missing(cfg, key)]
+    problems = [problem for problem in checks if problem]
+    problems += _device_problems(cfg.device)
+    if cfg.n_tokens is not None:
+        cfg.evaluation.n_tokens = cfg.n_tokens
+    return problems + evaluation_problems(cfg.evaluation)
+
+
+def _load_problem(refs: Any) -> str | None:
+    """What is wrong with the form of `load`, if anything."""
+    listed = list(refs) if isinstance(refs, ListConfig) else [refs]
+    if listed and all(isinstance(ref, str) and ref for ref in listed):
+        return None
+    return f"load must be a dictionary folder, a run folder, a quoted glob, or a list [a,b] of them, got {refs!r}"
+
+
+def _out_problem(out: Any) -> str | None:
+    if not isinstance(out, str) or not out:
+        return f"out must be the folder for the reports, got {out!r}"
+    there = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"out must be a folder, but {there} is a file"
+    try:
+        TemporaryDirectory(dir=there).cleanup()  # permission bits say nothing to root or of read-only file systems
+    except OSError as error:
+        return f"out must be a folder that can be written, but {there} cannot: {error.strerror}"
+    return None
+
+
+def _device_problems(device: Any) -> list[str]:
+    if device is None:
+        return []
+    try:
+        target = torch.device(str(device))
+    except RuntimeError:
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
+        return [f"device must be null, cpu, cuda or cuda:0, got {device!r}"]
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        return [f"device {device} needs a GPU, and torch finds {torch.cuda.device_count()}"]
+    return []
+
+
+def _find(refs: str | ListConfig) -> dict[str, Path]:
+    return find(refs if isinstance(refs, str) else list(refs))
+
+
+def _other_lm(dictionary: Dictionary, lm_name: str) -> list[str]:
+    own = dictionary.metadata.get("lm_name")
+    if own is None or own == lm_name or Path(own).resolve() == Path(lm_name).resolve():
+        return []
+    return [f"was trained on {own}, is evaluated on {lm_name}"]
+
+
+def _site_problems(model: PreTrainedModel, lm_name: str, dictionaries: Mapping[str, Dictionary]) -> list[str]:
+    """Sites that the LM does not have, or that are of another width; `model` needs no weights."""
+    problems: list[str] = []
+    widths: dict[str, int] = {}
+    for name, dictionary in dictionaries.items():
+        for site_name in dict.fromkeys((*dictionary.reads, *dictionary.writes)):
+            try:
+                width = site_width(model, resolve(model, site_name))
+            except DictlearnError as error:
+                problems.append(f"{name}: {error}")
+                continue
+            if width is not None:
+                widths[site_name] = width
+    return problems + width_problems(dictionaries, widths, lm_name)
 
 
 def _one(folder: Path) -> Dictionary:
@@ -99,15 +206,3 @@ def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> TextData:
         raise DictlearnError(f"The recorded text must be one of {', '.join(TEXTS)}, got {kind!r}: give data=....")
     known = {field.name for field in fields(TEXTS[kind])} - {"cache_dir"}  # where to write is not a file's to say
     return TEXTS[kind](**{key: value for key, value in recorded.items() if key in known})
-
-
-def _check(text: TextData, model: Any, dictionaries: Mapping[str, Dictionary]) -> None:
-    problems = text.problems(getattr(model.config, "max_position_embeddings", None))
-    for name, dictionary in dictionaries.items():
-        for site in dict.fromkeys((*dictionary.reads, *dictionary.writes)):
-            try:
-                resolve(model, site)
-            except DictlearnError as error:
-                problems.append(f"{name}: {error}")
-    if problems:
-        raise ConfigError(problems)
