@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
 from dictlearn.types import DictlearnError
+
+CONF = Path(__file__).resolve().parent / "conf"
 
 
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
@@ -26,5 +29,18 @@ def main(cfg: DictConfig) -> None:
         sys.exit(1)
 
 
+def further_problems(cfg: DictConfig, _: list[str]) -> list[str]:
+    """Of a configuration whose other mistakes are known already."""
+    from dictlearn.evaluation.main import problems
+
+    return problems(cfg)
+
+
 if __name__ == "__main__":
+    from dictlearn.overrides import refuse_mistakes
+
+    try:
+        refuse_mistakes(CONF, "evaluate", sys.argv[1:], further_problems)
+    except DictlearnError as error:
+        sys.exit(str(error))
     main()

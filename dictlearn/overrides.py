@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dictlearn.config import ConfigError
 
 OPEN = ("objective", "logger", "evaluation.blocks", "dictionaries")  # take further entries of any name
-OTHER_CONFIG = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+MULTIRUN = ("-m", "--multirun")
 
 
 def refuse_mistakes(
@@ -28,16 +28,16 @@ def refuse_mistakes(
     """Raise ConfigError if the command line names keys or choices that `conf/name.yaml` does not have.
 
     `further` finds the problems of a configuration; those of the configuration without the mistakes are listed as
-    well. Does nothing where the command line takes its configuration from elsewhere (--config-dir and the like).
+    well. Does nothing where the command line has options of Hydra other than -m (--config-dir, --cfg, --help).
     """
-    if any(argument.split("=")[0] in OTHER_CONFIG for argument in arguments):
+    overrides = [argument for argument in arguments if argument not in MULTIRUN]
+    if any(override.startswith("-") for override in overrides):
         return
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
     with initialize_config_dir(str(conf), version_base="1.3"):
         problems, right = check(conf, name, overrides)
         if not problems:
             return
-        if not {"-m", "--multirun"} & set(arguments):
+        if len(overrides) == len(arguments):  # a multirun has no one configuration
             problems += further(compose(name, right), right)
     raise ConfigError(problems)
 

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from dictlearn.config import ConfigError
 from dictlearn.embedded import LM_FOLDER
 from dictlearn.lm import LM
-from dictlearn.training.build import dead_after, preflight
+from dictlearn.training.build import dead_after
+from dictlearn.training.preflight import preflight
 from dictlearn.types import DictlearnError
 from tests.runs import ROOT, command, composed
 
@@ -19,7 +20,8 @@ NEEDS = {
     "experiment/single.yaml": ["site=resid_post.1"],
     "lm/hf.yaml": ["lm.name=gpt2"],
     "data/local.yaml": ["data.path=text.txt"],
-    "logger/wandb.yaml": ["logger.wandb.offline=true"],
+    "data/hf.yaml": ["data.name=folder"],
+    "logger/wandb.yaml": ["logger.wandb.mode=offline"],
 }
 
 
@@ -80,7 +82,7 @@ WRONG = [
     (["lm=hf", "lm.name=/nowhere"], "/nowhere"),
     (["seed=5_000_000_000"], "below 2\\^32"),
     (["trainer.precision=16-mixed"], "trainer.precision must be one of 32-true, bf16-mixed"),
-    (["trainer.accelerator=auto"], "trainer.accelerator must be cpu or gpu"),
+    (["trainer.accelerator=auto"], "trainer.accelerator must be one of cpu, gpu"),
     (["evaluation.batch_rows=0"], "evaluation.batch_rows must be a whole number of at least 1"),
     (["evaluation.blocks.behaviour.n_tokens=0"], "behaviour.n_tokens must be a whole number"),
     (["optimizer.lr=-1"], "must be positive"),
@@ -110,7 +112,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
-    from dictlearn.training.run import resumed
+    from dictlearn.training.resume import resumed
 
     with pytest.raises(DictlearnError, match="has none"):
         resumed(str(tmp_path), [])
@@ -140,4 +142,5 @@ def test_the_command_says_it_without_a_traceback(tmp_path: Path) -> None:
     ],
 )
 def test_dead_after_a_tenth_of_the_run_at_most_ten_million(overrides: list[str], tokens: int) -> None:
-    assert dead_after(composed("train", overrides)) == tokens
+    cfg = composed("train", overrides)
+    assert dead_after(cfg.dictionaries.resid.dead_after_tokens, cfg.n_tokens) == tokens

@@ -19,7 +19,8 @@ from PIL import Image
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.run import Results
-from dictlearn.training.run import _load, resumed
+from dictlearn.training.resume import resumed
+from dictlearn.training.run import _load
 from tests.runs import ROOT, SMALL, command, composed, run_train, weight_hashes
 
 NAMES = ["attn_out.2", "mlp_out.2", "resid_post.2"]
@@ -48,8 +49,9 @@ def test_the_run_folder(run_dir: Path) -> None:
     assert sorted(path.name for path in (run_dir / "dictionaries").iterdir()) == NAMES
     for name in NAMES:
         files = sorted(path.name for path in (run_dir / "dictionaries" / name).iterdir())
-        assert files == ["cfg.json", "report.json", "sae_weights.safetensors"]
-    stems = {"training", *(f"{name}_{kind}" for name in NAMES for kind in ("density", "l0"))}
+        assert files == ["cfg.json", "latents.parquet", "report.json", "sae_weights.safetensors"]
+    kinds = ("density", "l0", "fvu_per_position", "ce_per_position")
+    stems = {"training", *(f"{name}_{kind}" for name in NAMES for kind in kinds)}
     assert {path.name for path in (run_dir / "plots").iterdir()} == {
         f"{s}{e}" for s in stems for e in (".png", ".csv")
     }
@@ -208,20 +210,64 @@ def test_a_sweep_writes_into_its_own_folders(tmp_path: Path) -> None:
     out, _ = process.communicate()
     assert process.returncode == 0, out
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
-    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    folders = sorted(path for path in (tmp_path / "sweep").glob("[0-9]*"))
     assert [folder.name for folder in folders] == ["0", "1"]
     k = [d.sparsifier.k for folder in folders for d in dictlearn.load(folder).values()]  # type: ignore[union-attr]
     assert k == [2, 4]
+    table = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
+    assert table["sparsifier.k"].tolist() == [2, 4]
+    assert table["dictionary"].tolist() == ["0/resid_post.1", "1/resid_post.1"]
+    reports = [json.loads((f / "dictionaries/resid_post.1/report.json").read_text()) for f in folders]
+    assert table.fvu.tolist() == pytest.approx([report["reconstruction"]["fvu"] for report in reports])
+    assert (tmp_path / "sweep" / "plots" / "frontier.png").exists()
 
 
-def test_wandb_offline(tmp_path: Path) -> None:
-    run_train(
-        tmp_path / "run", "experiment=single", "site=resid_post.1", "logger=wandb", "logger.wandb.offline=true"
-    )
-    (logged,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    (stored,) = logged.glob("*.wandb")
-    assert b"resid_post.1/fvu" in stored.read_bytes()
+def test_a_sweep_of_jobs_of_a_cluster(tmp_path: Path) -> None:
+    """The Slurm launcher's own local twin: each job in a process of its own, unpickled there."""
+    arguments = ["-m", "hydra/launcher=submitit_local", "resume=auto", *SMALL, "experiment=single"]
+    arguments += ["site=resid_post.1", "sparsifier.k=2,8", f"run_dir={tmp_path}", "~evaluation.blocks.behaviour"]
+    arguments.remove("sparsifier.k=4")
+    process = command("train.py", *arguments)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert pd.read_csv(tmp_path / "sweep.csv")["sparsifier.k"].tolist() == [2, 8]
+
+
+def test_the_slurm_launcher_composes() -> None:
+    process = command("train.py", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert "submitit_launcher.SlurmLauncher" in out
+    assert "max_num_timeout: 20" in out
+
+
+def test_each_dictionary_is_a_member_of_a_wandb_group(tmp_path: Path) -> None:
+    sites = ["experiment=single", "sites=[resid_post.1,resid_post.2]", "name=group1"]
+    run_train(tmp_path / "run", *sites, "logger=wandb", "logger.wandb.mode=offline")
+    logged = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(logged) == 2
+    stored = [next(folder.glob("*.wandb")).read_bytes() for folder in logged]
+    for name, other in ((b"resid_post.1", b"resid_post.2"), (b"resid_post.2", b"resid_post.1")):
+        (own,) = [content for content in stored if content.count(name) > content.count(other)]
+        assert b"group1" in own
+        assert b"reconstruction.fvu" in own
+    ids = json.loads((tmp_path / "run" / "wandb_ids.json").read_text())
+    assert sorted(ids) == ["resid_post.1", "resid_post.2"]
+    assert {folder.name.rpartition("-")[2] for folder in logged} == set(ids.values())
     assert (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_train(tmp_path / "run", "experiment=single", "site=resid_post.1", "logger=tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    table = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert [e.step for e in events.Scalars("resid_post.1/fvu")] == table.step.tolist()
+    assert [e.value for e in events.Scalars("resid_post.1/fvu")] == pytest.approx(
+        table["resid_post.1/fvu"].tolist()
+    )
 
 
 def test_a_sweeper_is_given_the_mean_fvu(tmp_path: Path) -> None:
@@ -257,13 +303,12 @@ def test_resume_takes_the_newest_whole_checkpoint(tmp_path: Path, results: Resul
     shutil.copytree(run_dir, tmp_path / "r")
     (whole,) = (tmp_path / "r" / "checkpoints").iterdir()
     (whole.parent / "step-00000039.ckpt").write_bytes(whole.read_bytes()[:1_000])
-    assert resumed(str(tmp_path / "r"), [])[1] == str(whole)
+    assert resumed(str(tmp_path / "r"), [])[1].path == whole
 
 
 def test_the_seed_reaches_the_order_of_the_text(tmp_path: Path) -> None:
     cfg = composed("train", [*SMALL, "seed=5", f"run_dir={tmp_path}"])
-    _, data, _ = _load(cfg, print)
-    assert data.seed == 5
+    assert _load(cfg, print).data.seed == 5
 
 
 def test_a_failing_job_leaves_the_others_of_a_sweep(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 from dictlearn.training.module import DictionaryTraining
 from dictlearn.types import DictlearnError
 
+MOST_NAMED = 4  # dictionaries that a line of progress names
 log = logging.getLogger(__name__)
 
 
@@ -78,10 +79,12 @@ def _table(module: DictionaryTraining) -> Table:
 
 
 def _line(module: DictionaryTraining, step: int) -> str:
-    parts = [
-        "{}: loss {} FVU {} L0 {} dead {}".format(name, *_values(module, name))
-        for name in (member.learner.name for member in module.members)
-    ]
+    names = [member.learner.name for member in module.members]
+    if len(names) > MOST_NAMED:
+        fvus = [module.latest[f"{name}/fvu"] for name in names]
+        parts = [f"{len(names)} dictionaries: FVU {min(fvus):.4f} to {max(fvus):.4f}"]
+    else:
+        parts = ["{}: loss {} FVU {} L0 {} dead {}".format(name, *_values(module, name)) for name in names]
     speed = _count(module.latest.get("tokens_per_second"))
     return f"step {step}/{module.n_steps}, {speed} tokens/s | " + " | ".join(parts)
 

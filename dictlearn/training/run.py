@@ -204,7 +204,9 @@ def _fit(
     try:
         with stopper.listening():
             trainer.fit(module, datamodule=setup.data, ckpt_path=path, weights_only=True)
-    except (SystemExit, KeyboardInterrupt):  # a second signal
+    except (SystemExit, KeyboardInterrupt):
+        if stopper.requested is None:
+            raise  # a cluster's own end of the job, which queues it again
         raise DictlearnError(f"{stopped.format(module.global_step)}, from its last checkpoint.") from None
     except Diverged as error:
         raise DictlearnError(f"{error} {_last_good(run_dir)}") from None

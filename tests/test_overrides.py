@@ -1,0 +1,107 @@
+"""What the command line names and the configuration does not have."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+
+from dictlearn.config import ConfigError
+from dictlearn.overrides import check, refuse_mistakes
+from tests.runs import ROOT, command
+
+CONF = ROOT / "conf"
+
+
+@pytest.fixture
+def hydra_conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+WRONG = [
+    ("optimzer.lr=1", "no key 'optimzer.lr': did you mean optimizer.lr?"),
+    ("n_token=3", "did you mean n_tokens?"),
+    ("k=4", "did you mean sparsifier.k or objective.aux_k.k?"),
+    ("lm=gpt3", "lm=gpt3: the choices are .*embedded.*did you mean gpt2?"),
+    ("experiment=sngle", "did you mean single?"),
+    ("sparsifier=top_k,rleu", "sparsifier=rleu: the choices are relu, top_k: did you mean relu?"),
+    ("lm.nme=1", "did you mean lm.name"),
+    ("+foo=1", "foo is read by nothing"),
+    ("+lm.device=cpu", "lm.device is read by nothing"),
+    ("~evaluation.blocks.behavior", "did you mean evaluation.blocks.behaviour"),
+    ("trainer.max_time=3", r"to add an argument: \+trainer.max_time=..."),
+    ("dictionaries.resid.optimizer.lr=3", r"write 'dictionaries.resid.set=\{optimizer.lr:...\}'"),
+    ("optimizer.lr", "'optimizer.lr' is no override, which is written key=value"),
+    ("sites=resid_post.[01]", "is no override"),
+]
+
+
+@pytest.mark.usefixtures("hydra_conf")
+@pytest.mark.parametrize(("override", "message"), WRONG)
+def test_a_mistake_says_what_was_meant(override: str, message: str) -> None:
+    import re
+
+    (problem,), right = check(CONF, "train", [override, "seed=3"])
+    assert re.search(message, problem)
+    assert right == ["seed=3"]
+
+
+RIGHT = [
+    "n_tokens=5",
+    "sparsifier=relu",
+    "sparsifier=top_k,relu",
+    "sparsifier.k=8,16",
+    "dictionaries.resid.module.skip=true",
+    "dictionaries.resid.set={sparsifier.k:3}",
+    "~evaluation.blocks.behaviour",
+    "+evaluation.blocks.mine._target_=a.b",
+    "+trainer.max_time=00:01:00:00",
+    "++optimizer.lr=1",
+    "objective=[aux_k,plain]",
+    "grid={sparsifier.k:[1,2]}",
+    "sites=resid_post.*",
+    "hydra.job.chdir=true",
+    "hydra/launcher=submitit_local",
+]
+
+
+@pytest.mark.usefixtures("hydra_conf")
+@pytest.mark.parametrize("override", RIGHT)
+def test_what_is_right_passes(override: str) -> None:
+    assert check(CONF, "train", [override]) == ([], [override])
+
+
+@pytest.mark.usefixtures("hydra_conf")
+def test_keys_of_a_chosen_group_are_known() -> None:
+    assert check(CONF, "train", ["sparsifier=relu", "sparsifier.l1=1"])[0] == []
+    assert len(check(CONF, "train", ["sparsifier.l1=1"])[0]) == 1
+
+
+def test_further_problems_join_the_list() -> None:
+    def further(cfg: object, overrides: list[str]) -> list[str]:
+        assert overrides == ["seed=2"]
+        return ["another"]
+
+    with pytest.raises(ConfigError) as error:
+        refuse_mistakes(CONF, "train", ["sed=1", "seed=2"], further)
+    assert len(error.value.problems) == 2
+    refuse_mistakes(CONF, "train", ["seed=2"], further)
+    refuse_mistakes(CONF, "train", ["--config-dir=elsewhere", "sed=1"], further)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_the_doors_list_everything_without_a_traceback(script: str, tmp_path: Path) -> None:
+    arguments = {
+        "train.py": ["n_token=3", "expansion=0", "lm=gpt3", "site=x", f"run_dir={tmp_path / 'run'}"],
+        "evaluate.py": ["n_token=3", "lm=gpt3", "load=5", f"out={tmp_path / 'file' / 'x'}"],
+    }
+    (tmp_path / "file").touch()
+    process = command(script, *arguments[script])
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "has 4 problem(s)" in out
+    assert "did you mean n_tokens?" in out
+    assert "did you mean gpt2?" in out
+    assert "Traceback" not in out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,123 @@
+"""The dictionaries of a run: grid, sites, settings of one dictionary alone."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from dictlearn.config import ConfigError
+from dictlearn.lm import skeleton
+from dictlearn.training.points import entries, expand_sites, points
+from dictlearn.types import DictlearnError
+from tests.runs import composed
+from tests.tiny_lms import tiny_lm_folder
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return skeleton("embedded")
+
+
+def test_a_grid_is_every_combination(model: PreTrainedModel) -> None:
+    cfg = composed("train", ["grid={sparsifier.k:[16,32],optimizer.lr:[1e-4,3e-4,0.05]}"])
+    found = entries(cfg, model)
+    assert len(found) == 3 * 6
+    names = [entry.name for entry in found if entry.base == "mlp_out.2"]
+    lrs = ("1e-4", "3e-4", "0.05")
+    assert names == [f"mlp_out.2_k-{k}_lr-{lr}" for k in (16, 32) for lr in lrs]
+    values = {(e.config.module.sparsifier.k, e.config.optimizer.lr) for e in found if e.base == "mlp_out.2"}
+    assert values == {(k, lr) for k in (16, 32) for lr in (1e-4, 3e-4, 0.05)}
+    assert all(
+        e.values == {"sparsifier.k": e.config.module.sparsifier.k, "optimizer.lr": e.config.optimizer.lr}
+        for e in found
+    )
+
+
+def test_values_that_print_alike_have_names_that_differ(model: PreTrainedModel) -> None:
+    cfg = composed("train", ["grid={optimizer.lr:[0.00012345678,0.000123456781]}"])
+    assert len({entry.name for entry in entries(cfg, model)}) == 6
+
+
+@pytest.mark.parametrize(
+    "key", ["expansion", "normalise", "dead_after_tokens", "schedule.decay", "objective.aux_k.k"]
+)
+def test_what_belongs_to_one_dictionary_may_vary(key: str) -> None:
+    values = {"normalise": "none,mean_norm"}.get(key, "1,0")
+    assert len(points(composed("train", [f"grid={{{key}:[{values}]}}"]))) == 2
+
+
+WRONG = [
+    (
+        "grid={data.ctx:[64,128]}",
+        "data.ctx changes data, which all dictionaries of one pass share.*-m data.ctx=64,128",
+    ),
+    ("grid={lm.name:[a,b]}", "changes lm"),
+    ("grid={seed:[0,1]}", "changes seed.*-m seed=0,1"),
+    ("grid={batch_size:[64,128]}", "changes batch_size"),
+    ("grid={n_tokens:[64,128]}", "changes n_tokens"),
+    ("grid={stream:[shuffled,sequences]}", "changes stream"),
+    ("grid={site:[resid_post.0,resid_post.1]}", r"give sites=\[resid_post.0,resid_post.1\]"),
+    ("grid={sparsifer.k:[1,2]}", "there is no key 'sparsifer.k'"),
+    ("grid={sparsifier:[relu,top_k]}", "sparsifier is a group.*-m sparsifier=A,B"),
+    ("grid={sparsifier.k:[4,4]}", "must differ"),
+    ("grid={sparsifier.k:4}", "gives lists of values"),
+    ("grid={}", "gives lists of values"),
+    ("grid=[1]", "gives lists of values"),
+    ("grid={dictionary.module.skip:[true,false]}", "has no effect on the dictionaries resid, attn, mlp"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG)
+def test_a_grid_that_cannot_be_one_pass_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        points(composed("train", [override]))
+
+
+def test_all_problems_of_a_grid_are_said() -> None:
+    with pytest.raises(ConfigError) as error:
+        points(composed("train", ["grid={seed:[0,1],data.ctx:[1,2],nothing:[1]}"]))
+    assert len(error.value.problems) == 3
+
+
+def test_sites_are_names_and_globs(model: PreTrainedModel) -> None:
+    def names(*overrides: str) -> list[str]:
+        return [e.name for e in entries(composed("train", ["experiment=single", *overrides]), model)]
+
+    assert names("sites=[resid_post.0,resid_post.3]") == ["resid_post.0", "resid_post.3"]
+    assert names("sites=resid_post.*") == [f"resid_post.{layer}" for layer in range(4)]
+    assert names("sites=[resid_post.0,resid_p*.0]") == ["resid_post.0", "resid_pre.0"]
+    assert names("sites=mlp.*", "dictionary=transcoder") == [f"mlp_out.{layer}" for layer in range(4)]
+    assert names("sites=transformer.h.*.mlp.act") == [f"transformer.h.{layer}.mlp.act" for layer in range(4)]
+    assert names("sites=resid_post.*", "grid={sparsifier.k:[4,8]}")[4] == "resid_post.0_k-8"
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ("sites=resid_pots.*", "matches no site of this model, which has readable names such as embed"),
+        ("sites=[]", "sites is a list"),
+        ("sites=[1]", "sites is a list"),
+        ("sites=[resid_post.7]", "layer must be 0 to 3"),
+        ("sites=mlp.*", "reads and writes one site, but mlp.0"),
+    ],
+)
+def test_wrong_sites_are_refused(model: PreTrainedModel, sites: str, message: str) -> None:
+    with pytest.raises(DictlearnError, match=message):
+        entries(composed("train", ["experiment=single", sites]), model)
+
+
+def test_a_glob_of_a_parallel_model_leaves_out_what_it_lacks(tmp_path: Path) -> None:
+    parallel = skeleton(str(tiny_lm_folder(tmp_path / "neox", "gpt_neox", n_layers=2)))
+    assert expand_sites("resid_*.0", parallel) == ["resid_pre.0", "resid_post.0"]
+
+
+def test_one_dictionary_can_have_values_of_its_own(model: PreTrainedModel) -> None:
+    cfg = composed("train", ["dictionaries.attn.set={sparsifier.k:3,optimizer.lr:0.5,normalise:none}"])
+    found = {entry.name: entry.config for entry in entries(cfg, model)}
+    assert [found[name].module.sparsifier.k for name in ("resid_post.2", "attn_out.2", "mlp_out.2")] == [16, 3, 16]
+    assert [found[name].optimizer.lr for name in ("resid_post.2", "attn_out.2", "mlp_out.2")] == [None, 0.5, None]
+    assert found["attn_out.2"].normalise == "none"
+    with pytest.raises(ConfigError, match=r"dictionaries.attn.set changes seed"):
+        entries(composed("train", ["dictionaries.attn.set={seed:3}"]), model)
+    with pytest.raises(ConfigError, match="there is no key 'sparsifer\\.k'"):
+        entries(composed("train", ["dictionaries.attn.set={sparsifer.k:3}"]), model)
