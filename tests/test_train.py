@@ -140,6 +140,14 @@ def test_single_experiment_builds_what_was_asked(tmp_path: Path, overrides: list
     "override",
     [
         "normalise=none",
+        "normalise=layer_norm",
+        "stream=sequences",
+        "statistics_n_tokens=4_096",
+        "optimizer.betas=[0.8,0.99]",
+        "objective.aux_k.coefficient=1",
+        "data.max_norm_ratio=1.5",
+        "data.block_rows=8",
+        "dictionaries.single.set={optimizer.lr:1e-4}",
         "optimizer.lr=1e-4",
         "optimizer.lr_factor=0.5",
         "optimizer.clip_norm=0.001",
@@ -156,7 +164,7 @@ def test_single_experiment_builds_what_was_asked(tmp_path: Path, overrides: list
 )
 def test_every_knob_changes_the_weights(tmp_path: Path, override: str) -> None:
     base = ["experiment=single", "site=resid_post.1", "n_tokens=20_000", "~evaluation.blocks.behaviour"]
-    if override in ("objective=plain", "dead_after_tokens=1_000_000"):  # AuxK needs latents that die
+    if override.startswith(("objective", "dead_after_tokens")):  # AuxK needs latents that die
         base += ["expansion=16", "sparsifier.k=1"]
     run_train(tmp_path / "base", *base)
     run_train(tmp_path / "changed", *base, override)

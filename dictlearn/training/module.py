@@ -40,11 +40,11 @@ class DictionaryTraining(L.LightningModule):
     values for the progress bar.
     """
 
-    def __init__(self, members: list[Member], n_steps: int, batch_size: int) -> None:
+    def __init__(self, members: list[Member], n_steps: int, tokens_per_batch: int) -> None:
         super().__init__()
         self.members = members
         self.learners = nn.ModuleList(member.learner for member in members)
-        self.n_steps, self.batch_size = n_steps, batch_size
+        self.n_steps, self.tokens_per_batch = n_steps, tokens_per_batch
         self.window = max(1, min(MOST_PER_WINDOW, n_steps // 10))
         self.latest: dict[str, float] = {}
         self._window_start: tuple[int, float] | None = None
@@ -95,11 +95,11 @@ class DictionaryTraining(L.LightningModule):
         start, since = self._window_start or (step, time.perf_counter())
         now = time.perf_counter()
         self._window_start = (step, now)
-        speed = (step - start) * self.batch_size / max(now - since, 1e-9)
+        speed = (step - start) * self.tokens_per_batch / max(now - since, 1e-9)
         if bad := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
             raise self._diverged(", ".join(bad), step)
         self.latest = {**dict(zip(names, values, strict=True)), "tokens_per_second": speed}
-        row = {"n_tokens": float(step * self.batch_size), **self.latest}
+        row = {"n_tokens": float(step * self.tokens_per_batch), **self.latest}
         for logger in self.loggers:
             logger.log_metrics(row, step=step)
 

@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     """Sizes in bytes, time in seconds."""
 
     n_steps: int
+    tokens_per_step: int
     lm_memory: int
     pool_memory: int
     dictionary_memory: int
@@ -52,9 +53,12 @@ def plan(cfg: DictConfig) -> Plan:
     n_bytes = BYTES[lm_dtype(cfg)]
     n_read = cfg.n_tokens * text.ctx / (text.ctx - 1) + (text.n_slices - 1) / 2 * text.block_rows * text.ctx
     dictionaries = [build_dictionary(entry, *_widths(model, entry), "meta") for entry in found]
+    rows = max(1, cfg.batch_size // text.ctx)  # of a batch of sequences
+    per_batch = cfg.batch_size if cfg.stream == "shuffled" else rows * (text.ctx - 1)
     n_parameters = sum(p.numel() for d in dictionaries for p in d.parameters())
     return Plan(
-        n_steps=math.ceil(cfg.n_tokens / cfg.batch_size),
+        n_steps=math.ceil(cfg.n_tokens / per_batch),
+        tokens_per_step=per_batch,
         lm_memory=sum(p.numel() for p in model.parameters()) * n_bytes,
         pool_memory=_pool(text, cfg.stream, sum(_width(model, site) for site in sites_of(found)), n_bytes),
         dictionary_memory=n_parameters * (STATE_BYTES + GRADIENT_BYTES),
@@ -74,7 +78,7 @@ def show(planned: Plan, cfg: DictConfig, console: Console) -> None:
     own_seconds = OVERHEAD * planned.dictionary_flops / _flops_per_second(device, torch.float32)
     table = Table(title="Plan: nothing is loaded or written", show_header=False, box=None, title_justify="left")
     rows = {
-        "steps": f"{planned.n_steps:,} of {cfg.batch_size:,} activations",
+        "steps": f"{planned.n_steps:,} of {planned.tokens_per_step:,} activations",
         "memory: LM": _size(planned.lm_memory),
         "memory: shuffling pool": _size(planned.pool_memory),
         "memory: dictionaries, gradients, optimizer": _size(planned.dictionary_memory),

@@ -175,8 +175,9 @@ def _fit(
     """Train to the end, or raise DictlearnError that says where it stopped and how to go on."""
     run_dir = Path(cfg.run_dir)
     checkpoints = run_dir / "checkpoints"
-    n_steps = len(setup.data.train_dataloader())
-    module = DictionaryTraining(setup.members, n_steps, cfg.batch_size)
+    stream = setup.data.train_dataloader()
+    n_steps = len(stream)
+    module = DictionaryTraining(setup.members, n_steps, stream.tokens_per_batch)
     stopper = StopOnSignal(checkpoints, console)
     trainer = build(
         cfg.trainer,
