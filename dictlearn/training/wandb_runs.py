@@ -36,7 +36,8 @@ class WandbRuns(DictionaryLogger):
         super().__init__()
         if mode not in MODES:
             raise DictlearnError(f"logger.wandb.mode must be one of {', '.join(MODES)}, got {mode!r}.")
-        self.project, self.entity, self.group, self.mode = project, entity, group, mode
+        self.project, self.entity, self.group = project, entity, group
+        self.offline = mode == "offline"
         self.folder = Path(folder)
         self._runs: dict[str, Any] = {}
 
@@ -58,7 +59,7 @@ class WandbRuns(DictionaryLogger):
                 reinit="create_new",
                 config=dict(config),
                 dir=self.folder,
-                mode=self.mode,
+                mode="offline" if self.offline else "online",
             )
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
