@@ -21,16 +21,20 @@ def main(cfg: DictConfig) -> float:
     """Returns the mean FVU of the run's dictionaries, which a sweeper minimises."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.status("Starting"):
-        from dictlearn.training.run import train
+        from dictlearn.training.run import Stopped, train
 
     hydra_cfg = HydraConfig.get()
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     try:
         results = train(cfg, hydra_cfg.overrides.task, console, hydra_cfg.job.num if in_sweep else None)
+    except Stopped as error:
+        sys.exit(str(error))
     except DictlearnError as error:
         if in_sweep:
             raise  # the other jobs of the sweep still run
         sys.exit(str(error))
+    if results.errors and in_sweep:
+        raise DictlearnError("; ".join(results.errors))
     if results.errors:
         sys.exit(1)
     fvus = [report["reconstruction"]["fvu"] for report in results.reports.values() if "reconstruction" in report]

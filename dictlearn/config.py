@@ -144,6 +144,8 @@ def values_at(cfg: DictConfig, values: Mapping[str, Any], where: str) -> DictCon
         node = OmegaConf.select(cfg, key, default=_ABSENT)
         if node is _ABSENT:
             problems.append(f"{where}: there is no key {key!r}")
+        elif (shared := _shared_parent(cfg, key)) is not None:
+            problems.append(f"{where}: {key} belongs to {shared}, which several dictionaries share: vary that")
         elif isinstance(node, DictConfig):
             problems.append(
                 f"{where}: {key} is a group, and only single values such as sparsifier.k can stand here: "
@@ -154,6 +156,16 @@ def values_at(cfg: DictConfig, values: Mapping[str, Any], where: str) -> DictCon
     if problems:
         raise ConfigError(problems)
     return changed
+
+
+def _shared_parent(cfg: DictConfig, key: str) -> str | None:
+    """Where the node lies that an interpolation on the way to `key` points to."""
+    parts = key.split(".")
+    for n in range(1, len(parts)):
+        parent = OmegaConf.select(cfg, ".".join(parts[: n - 1])) if n > 1 else cfg
+        if isinstance(parent, DictConfig) and OmegaConf.is_interpolation(parent, parts[n - 1]):
+            return ".".join([str(parent._get_node(parts[n - 1])._value())[2:-1], *parts[n:]])  # type: ignore[union-attr]
+    return None
 
 
 _ABSENT = object()

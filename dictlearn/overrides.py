@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dictlearn.config import ConfigError
 
 OPEN = ("objective", "logger", "evaluation.blocks", "dictionaries")  # take further entries of any name
+CLOSED = ("lm", "trainer")  # built with their own keys alone
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -94,16 +95,16 @@ def _key_problem(conf: Path, known: DictConfig, override: Override) -> str | Non
         return None
     parent, _, own = key.rpartition(".")
     if override.is_add() or override.is_force_add():
-        if any(key.startswith(f"{node}.") for node in OPEN) or (_passes_on(known, parent) and parent != "lm"):
+        if any(key.startswith(f"{node}.") for node in OPEN) or (_passes_on(known, parent) and parent not in CLOSED):
             return None
         return f"{key} is read by nothing{_hint(key, keys)}"
     groups = [path.name for path in conf.iterdir() if path.is_dir()]
     start, _, rest = key.partition(".")
     if start == "dictionaries" and rest.count(".") > 1:  # a part of a shared node
         dictionary, _, shared = rest.partition(".")
-        meant = f"dictionaries.{dictionary}.set={{{shared.removeprefix('module.')}:...}}"
+        meant = f"dictionaries.{dictionary}.set={{{shared.removeprefix('set.').removeprefix('module.')}:...}}"
         return f"there is no key {key!r}: for one dictionary alone write '{meant}'"
-    add = f" (to add an argument: +{key}=...)" if _passes_on(known, parent) and parent != "lm" else ""
+    add = f" (to add an argument: +{key}=...)" if _passes_on(known, parent) and parent not in CLOSED else ""
     same_end = [k for k in keys if k.rpartition(".")[2] == own]
     hint = f": did you mean {' or '.join(same_end[:3])}?" if same_end else _hint(key, keys + groups)
     return f"there is no key {key!r}{hint}{add}"

@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 import signal
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
@@ -147,7 +150,7 @@ def test_single_experiment_builds_what_was_asked(tmp_path: Path, overrides: list
         "objective.aux_k.coefficient=1",
         "data.max_norm_ratio=1.5",
         "data.block_rows=8",
-        "dictionaries.single.set={optimizer.lr:1e-4}",
+        "dictionary.set={optimizer.lr:1e-4}",
         "optimizer.lr=1e-4",
         "optimizer.lr_factor=0.5",
         "optimizer.clip_norm=0.001",
@@ -249,16 +252,46 @@ def test_the_slurm_launcher_composes() -> None:
     assert "max_num_timeout: 20" in out
 
 
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of an offline run: protobufs in the log format of LevelDB, after a header of 7 bytes."""
+    content, at, pending = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # the rest of a block is padding
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        pending += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = Record()
+            record.ParseFromString(pending)
+            yield record
+            pending = b""
+
+
 def test_each_dictionary_is_a_member_of_a_wandb_group(tmp_path: Path) -> None:
     sites = ["experiment=single", "sites=[resid_post.1,resid_post.2]", "name=group1"]
     run_train(tmp_path / "run", *sites, "logger=wandb", "logger.wandb.mode=offline")
     logged = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(logged) == 2
-    stored = [next(folder.glob("*.wandb")).read_bytes() for folder in logged]
-    for name, other in ((b"resid_post.1", b"resid_post.2"), (b"resid_post.2", b"resid_post.1")):
-        (own,) = [content for content in stored if content.count(name) > content.count(other)]
-        assert b"group1" in own
-        assert b"reconstruction.fvu" in own
+    runs = {}
+    for folder in logged:
+        records = list(wandb_records(next(folder.glob("*.wandb"))))
+        (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"][:1]
+        summary = {"/".join(i.nested_key) or i.key for r in records for i in r.summary.update}
+        artefacts = [r.request.log_artifact.artifact for r in records] + [r.artifact for r in records]
+        names = {(artefact.name, artefact.type) for artefact in artefacts if artefact.name}
+        runs[started.display_name] = (started, summary, names, records)
+    assert sorted(runs) == ["resid_post.1", "resid_post.2"]
+    for name, (started, summary, names, records) in runs.items():
+        assert started.run_group == "group1"
+        assert "reconstruction.fvu" in summary
+        assert (name, "dictionary") in names
+        keys = {"/".join(i.nested_key) or i.key for r in records for i in r.history.item}
+        assert "fvu" in keys
+        assert not any(key.startswith("resid_post") for key in keys)
+        config = {item.key: item.value_json for item in started.config.update}
+        assert any(name in value for value in config.values())
     ids = json.loads((tmp_path / "run" / "wandb_ids.json").read_text())
     assert sorted(ids) == ["resid_post.1", "resid_post.2"]
     assert {folder.name.rpartition("-")[2] for folder in logged} == set(ids.values())

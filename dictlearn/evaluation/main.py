@@ -92,7 +92,7 @@ def _plan(cfg: DictConfig) -> _Plan:
     if model is not None:
         found += _site_problems(model, lm[0] if lm else "", dictionaries)
     if text is not None:
-        found += text.problems(getattr(model and model.config, "max_position_embeddings", None))
+        found += text.problems(getattr(model and model.config.get_text_config(), "max_position_embeddings", None))
     if found or folders is None or lm is None or text is None:
         raise ConfigError(found)
     return _Plan(folders, dictionaries, lm, text, blocks)

@@ -27,11 +27,17 @@ def dead_after(dead_after_tokens: int | None, n_tokens: int) -> int:
 
 
 def build_members(
-    cfg: DictConfig, found: Sequence[Entry], lm: LM, statistics: Mapping[str, SiteStatistics]
+    cfg: DictConfig,
+    found: Sequence[Entry],
+    lm: LM,
+    statistics: Mapping[str, SiteStatistics],
+    starts: Mapping[str, Dictionary],
 ) -> list[Member]:
-    """Initialised dictionaries with their objectives; weights depend on the seed and the base name alone."""
+    """Initialised dictionaries with their objectives; weights depend on the seed and the base name alone.
+
+    Those named in `starts` start from that dictionary.
+    """
     width = widths(lm.model, sites_of(found))
-    starts = starting_dictionaries(cfg.init_from, found)
     members = []
     for entry in found:
         dictionary = build_dictionary(entry, width[entry.read.name], width[entry.write.name])

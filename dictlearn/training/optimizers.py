@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,12 +34,25 @@ class Adam:
 
     def __post_init__(self) -> None:
         positive = {"lr": self.lr, "lr_factor": self.lr_factor, "eps": self.eps, "clip_norm": self.clip_norm}
-        if bad := {name: value for name, value in positive.items() if value is not None and value <= 0}:
-            raise DictlearnError(f"optimizer values must be positive, got {bad}.")
+        optional = ("lr", "clip_norm")
+        bad = {
+            name: value
+            for name, value in positive.items()
+            if not (_is_number(value) and value > 0) and not (value is None and name in optional)
+        }
+        if bad:
+            raise DictlearnError(f"optimizer values must be positive numbers, got {bad}.")
+        betas = list(self.betas) if isinstance(self.betas, Sequence) else []
+        if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise DictlearnError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas}.")
 
     def peak_lr(self, dictionary: Dictionary) -> float:
         """The learning rate at the top of the schedule."""
         return self.lr or self.lr_factor * LAW_LR / (dictionary.n_latents / LAW_LATENTS) ** 0.5
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def build_optimizer(members: Sequence[tuple[Dictionary, Adam]]) -> TorchAdam:

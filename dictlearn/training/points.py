@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +27,7 @@ OF_ONE_DICTIONARY = (  # what the points of a grid, and the `set` of a dictionar
     "dead_after_tokens",
     "grid",
 )
+OF_A_NODE = ("site", "transcodes", "expansion", "normalise", "module", "objective", "optimizer", "schedule")
 
 
 class Point(NamedTuple):
@@ -84,11 +85,19 @@ def _grid_problems(cfg: DictConfig, grid: Mapping[str, list[Any]]) -> list[str]:
                 f"grid: {key} changes {', '.join(shared)}, which all dictionaries of one pass share (LM, data, "
                 f"stream): {_instead(key, values)}"
             )
-        elif len(values) > 1 and all(plain(c.dictionaries) == plain(varied[0].dictionaries) for c in varied):
+        elif same := _unmoved(varied):
             problems.append(
-                f"grid: {key} has no effect on the dictionaries {', '.join(map(str, cfg.dictionaries))}"
+                f"grid: {key} has no effect on the dictionaries {', '.join(same)}: leave it out of the grid, or "
+                "remove the value of their own that they have for it"
             )
     return problems
+
+
+def _unmoved(varied: Sequence[DictConfig]) -> list[str]:
+    """The dictionaries that are the same for two of these configurations."""
+    found = [{name: plain(node) for name, node in nodes(config).items()} for config in varied]
+    pairs = list(itertools.combinations(found, 2))
+    return [name for name in found[0] if any(a[name] == b[name] for a, b in pairs)]
 
 
 def _instead(key: str, values: Iterable[Any]) -> str:
@@ -109,7 +118,14 @@ def nodes(cfg: DictConfig) -> dict[str, DictConfig]:
     """The settings of each dictionary of the experiment, its `set` applied. Raises ConfigError."""
     found = {}
     for name in map(str, cfg.dictionaries):
-        own = plain(cfg.dictionaries[name].get("set") or {})
+        node = cfg.dictionaries[name]
+        if not isinstance(node, DictConfig) or not set(OF_A_NODE) <= set(node):
+            raise ConfigError(
+                [f"dictionaries.{name} must be a choice of conf/dictionary: +dictionary@dictionaries.{name}=sae"]
+            )
+        own = plain(node.get("set")) or {}
+        if not isinstance(own, dict):
+            raise ConfigError([f"dictionaries.{name}.set gives values by key, {{sparsifier.k:32}}, got {own!r}"])
         changed = values_at(cfg, own, f"dictionaries.{name}.set")
         if shared := _shared_changes(cfg, changed):
             raise ConfigError([f"dictionaries.{name}.set changes {', '.join(shared)}, which the whole run shares"])

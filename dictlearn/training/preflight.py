@@ -17,6 +17,7 @@ from dictlearn.training.build import build_dictionary, starting_dictionaries
 from dictlearn.training.points import Entry, entries, nodes, points
 
 PARTS = ("objective", "optimizer", "schedule")
+TRAINER_KEYS = ("_target_", "accelerator", "devices", "precision", "deterministic")
 
 
 def preflight(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -38,8 +39,14 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
         found.append("trainer=gpu needs a CUDA device, and torch finds none: use trainer=cpu")
     model = _skeleton(cfg, found)
     _check_text(cfg, model, found)
+    if isinstance(cfg.get("logger"), DictConfig):
+        collect(found, lambda: build(cfg.logger))
+    if added := sorted(set(cfg.trainer) - set(TRAINER_KEYS)):
+        names = ", ".join(f"trainer.{key}" for key in added)
+        found.append(f"{names}: of Lightning's trainer only {', '.join(TRAINER_KEYS[1:])} can be set")
     dictionaries = [] if model is None else collect(found, lambda: entries(cfg, model)) or []
-    starts = collect(found, lambda: starting_dictionaries(cfg.init_from, dictionaries)) or {}
+    init_from = None if resuming else cfg.init_from
+    starts = collect(found, lambda: starting_dictionaries(init_from, dictionaries)) or {}
     for entry in dictionaries:
         _check_dictionary(entry, model, starts, found)
     if not dictionaries:

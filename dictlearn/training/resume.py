@@ -19,7 +19,8 @@ from dictlearn.types import DictlearnError
 CONFIG = "config.yaml"
 AUTO = "auto"
 MAY_DIFFER = ("resume", "run_dir", "name", "plan", "logger", "evaluation")  # nothing of it reaches the weights
-PLACES = ("lm.name", "lm.revision", "data.path", "data.cache_dir", "init_from")  # where content lies
+COMMITS = ("lm.revision", "data.revision")
+PLACES = ("lm.name", "data.path", "data.name", "data.cache_dir", "init_from", *COMMITS)  # where content lies
 log = logging.getLogger(__name__)
 
 
@@ -63,12 +64,21 @@ def resumed_if_begun(cfg: DictConfig) -> Checkpoint | None:
             raise DictlearnError(f"run_dir {cfg.run_dir} holds files but no run ({CONFIG}): choose another one")
         return None
     stored = _stored(path)
+    for key in COMMITS:  # fixed at the start of the run, whatever branch was asked for
+        if OmegaConf.select(stored, key) is not None and OmegaConf.select(cfg, key, default=0) != 0:
+            OmegaConf.update(cfg, key, OmegaConf.select(stored, key))
     if differences := _differences(plain(stored), plain(cfg)):
         raise ConfigError(
             f"run_dir {cfg.run_dir} holds a run with {key} = {before!r}, not {after!r}: choose another run_dir"
             for key, (before, after) in differences.items()
         )
-    return newest_whole(Path(cfg.run_dir))
+    newest = newest_whole(Path(cfg.run_dir))
+    if newest is None and any(Path(cfg.run_dir).glob("dictionaries/*/*.safetensors")):
+        raise DictlearnError(
+            f"run_dir {cfg.run_dir} holds trained dictionaries but no whole checkpoint to continue from: choose "
+            "another run_dir"
+        )
+    return newest
 
 
 def newest_whole(run_dir: Path) -> Checkpoint | None:
@@ -112,8 +122,7 @@ def _stored(path: Path) -> DictConfig:
 def _differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Key -> (before, after) of every value that differs and matters."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
-        same = before == after or (prefix == "lm.revision." and after is None)  # the commit is fixed at the start
-        return {} if same else {prefix.rstrip("."): (before, after)}
+        return {} if before == after else {prefix.rstrip("."): (before, after)}
     found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*before, *after]):
         if prefix or key not in MAY_DIFFER:

@@ -25,7 +25,7 @@ from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.hub import save
 from dictlearn.hub.codecs.native import WEIGHTS
 from dictlearn.lm import LM, load_lm
-from dictlearn.training.build import build_members
+from dictlearn.training.build import build_members, starting_dictionaries
 from dictlearn.training.callbacks import (
     Environment,
     Identity,
@@ -57,6 +57,10 @@ from dictlearn.types import DictlearnError
 log = logging.getLogger(__name__)
 
 
+class Stopped(DictlearnError):
+    """A signal ended the run; in a sweep, the jobs after it do not start."""
+
+
 class Setup(NamedTuple):
     """What a run is made of, loaded."""
 
@@ -81,7 +85,8 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console, job: int 
     L.seed_everything(cfg.seed, verbose=False)
     run_dir = Path(cfg.run_dir)
     with _interruptible("Interrupted before training began; nothing is lost"), console.status("") as status:
-        setup = _load(cfg, status.update if console.is_terminal else console.print)
+        say = status.update if console.is_terminal else console.print
+        setup = _load(cfg, say, resuming=checkpoint is not None)
     identity = identity_of(cfg, setup.lm, setup.data.store.fingerprint)
     if checkpoint is not None:
         check_identity(checkpoint, identity)
@@ -93,7 +98,6 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console, job: int 
         for logger in own_loggers:
             logger.start({entry.name: _logged_config(cfg, entry) for entry in setup.entries})
         _fit(cfg, setup, identity, loggers, checkpoint, console)
-        keep_newest(run_dir / "checkpoints")
         plot_training(run_dir / "metrics.csv", run_dir / "plots")
         dictionaries = _save(cfg, setup, folders)
         with _interruptible(f"Interrupted; the dictionaries are saved: evaluate.py load={run_dir} out=..."):
@@ -112,8 +116,8 @@ def _begun(cfg: DictConfig, overrides: Sequence[str], job: int | None) -> tuple[
         cfg, checkpoint = resumed(str(cfg.resume), overrides)
         if found := problems(cfg, [], resuming=True):
             raise ConfigError(found)
-        cfg.init_from = None  # the checkpoint has the weights
         return cfg, checkpoint
+    _make_absolute(cfg)
     if cfg.resume == AUTO:
         found = problems(cfg, overrides, resuming=True)
         if not fixed_folder:
@@ -121,7 +125,6 @@ def _begun(cfg: DictConfig, overrides: Sequence[str], job: int | None) -> tuple[
         if found:
             raise ConfigError(found)
         if (checkpoint := resumed_if_begun(cfg)) is not None:
-            cfg.init_from = None
             return cfg, checkpoint
     else:
         preflight(cfg, overrides)
@@ -129,6 +132,17 @@ def _begun(cfg: DictConfig, overrides: Sequence[str], job: int | None) -> tuple[
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
     return cfg, None
+
+
+def _make_absolute(cfg: DictConfig) -> None:
+    """Local places in the configuration hold wherever the run is continued from."""
+    for key in ("lm.name", "data.path", "data.name", "init_from"):
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if not isinstance(value, str) or (key == "lm.name" and value == "embedded"):
+            continue
+        path = Path(value).expanduser()
+        if path.exists() or key == "data.path":
+            OmegaConf.update(cfg, key, str(path.absolute()))
 
 
 def _quieten() -> None:
@@ -144,11 +158,14 @@ def _interruptible(message: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise DictlearnError(f"{message}.") from None
+        raise Stopped(f"{message}.") from None
 
 
-def _load(cfg: DictConfig, say: Callable[[str], None]) -> Setup:
-    """LM, text and dictionaries; the commit of a Hub LM is fixed in the run's configuration."""
+def _load(cfg: DictConfig, say: Callable[[str], None], resuming: bool = False) -> Setup:
+    """LM, text and dictionaries; the commits of what is on the Hub are fixed in the run's configuration.
+
+    `resuming`: the weights will come from a checkpoint.
+    """
     device = "cuda" if cfg.trainer.accelerator == "gpu" else "cpu"
     say(f"Loading {cfg.lm.name}")
     lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
@@ -161,7 +178,12 @@ def _load(cfg: DictConfig, say: Callable[[str], None]) -> Setup:
     )
     say("Measuring the activations")
     statistics = data.statistics(cfg.statistics_n_tokens)
-    return Setup(lm, data, found, build_members(cfg, found, lm, statistics))
+    commit = getattr(data.text, "revision", None)  # of a data set on the Hub, known once it is open
+    if commit is not None and cfg.data.revision != commit:
+        cfg.data.revision = commit
+        OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
+    starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
+    return Setup(lm, data, found, build_members(cfg, found, lm, statistics, starts))
 
 
 def _fit(
@@ -208,13 +230,15 @@ def _fit(
     except (SystemExit, KeyboardInterrupt):
         if stopper.requested is None:
             raise  # a cluster's own end of the job, which queues it again
-        raise DictlearnError(f"{stopped.format(module.global_step)}, from its last checkpoint.") from None
+        raise Stopped(f"{stopped.format(module.global_step)}, from its last checkpoint.") from None
     except Diverged as error:
         raise DictlearnError(f"{error} {_last_good(run_dir)}") from None
     finally:
         torch.set_float32_matmul_precision("highest")  # evaluation selects latents in float32
-    if stopper.stopped_at is not None and stopper.stopped_at < n_steps:
-        raise DictlearnError(f"{stopped.format(stopper.stopped_at)} (saved there).")
+    keep_newest(checkpoints)
+    if stopper.requested is not None:
+        at = module.global_step if stopper.stopped_at is None else stopper.stopped_at  # None: after the last step
+        raise Stopped(f"{stopped.format(at)} (saved there).")
 
 
 def _last_good(run_dir: Path) -> str:
@@ -246,10 +270,8 @@ def _metadata(cfg: DictConfig, lm: LM, text: TextData, entry: Entry) -> dict[str
     """Where a dictionary comes from, in its cfg.json."""
     recorded: dict[str, Any] = {"kind": type(text).__name__, **asdict(text)}
     recorded.pop("cache_dir")
-    if "path" in recorded:
-        recorded["path"] = str(Path(recorded["path"]).absolute())
     return {
-        "lm_name": str(Path(lm.name).resolve()) if Path(lm.name).is_dir() else lm.name,
+        "lm_name": lm.name,
         "lm_revision": lm.revision,
         "lm_dtype": lm.dtype,
         "ctx": text.ctx,
@@ -258,7 +280,7 @@ def _metadata(cfg: DictConfig, lm: LM, text: TextData, entry: Entry) -> dict[str
         "seed": cfg.seed,
         "n_tokens": cfg.n_tokens,
         "normalise": entry.config.normalise,
-        "init_from": None if cfg.init_from is None else str(Path(cfg.init_from).absolute()),
+        "init_from": cfg.init_from,
         "point": entry.values,
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
@@ -28,7 +29,15 @@ def write_run_table(found: Iterable[Entry], reports: Mapping[str, Mapping[str, A
 
 
 class SweepTable(Callback):
-    """At the end of `train.py -m ...`: `sweep.csv` and `plots/frontier.png` over all jobs, in their folder."""
+    """In the folder of `train.py -m ...`: `sweep.csv` and `plots/frontier.png` over the jobs that have ended.
+
+    Written after every job, since Hydra ends a sweep with a failed job by an error, and at the end, since jobs on a
+    cluster end in processes of their own.
+    """
+
+    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            write_jobs_table(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         write_jobs_table(Path(config.hydra.sweep.dir))
@@ -36,9 +45,10 @@ class SweepTable(Callback):
 
 def write_jobs_table(folder: Path) -> None:
     """Over the run folders in `folder`; jobs without a report are left out. What varied between them is swept."""
-    jobs = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    found = (path.parent for path in folder.glob("*/config.yaml"))
+    jobs = sorted(found, key=lambda job: (len(job.name), job.name))  # 2 before 10
     configs = {
-        job: _flat(OmegaConf.to_container(OmegaConf.load(job / "config.yaml"), resolve=True)) for job in jobs
+        job: _flat(OmegaConf.to_container(OmegaConf.load(job / "config.yaml"), resolve=False)) for job in jobs
     }
     varied = [
         key for key in dict.fromkeys(k for c in configs.values() for k in c) if _varies(key, configs.values())
@@ -60,10 +70,10 @@ def write_jobs_table(folder: Path) -> None:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Single values by dotted key; what the dictionaries repeat of the shared settings is left out."""
+    """Single values by dotted key; where a dictionary refers to shared settings, its value is the reference."""
     found: dict[str, Any] = {}
     for key, value in node.items():
-        if not prefix and key in (*NOT_SWEPT, "dictionaries", "dictionary"):
+        if not prefix and key in NOT_SWEPT:
             continue
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
