@@ -79,7 +79,7 @@ def _choice_problem(conf: Path, override: Override) -> str | None:
         return None
     value = override.value()
     chosen = list(override.sweep_iterator()) if override.is_sweep_override() else [value]
-    unknown = [str(c) for c in chosen if c is not None and not isinstance(c, list) and str(c) not in choices]
+    unknown = ["null" if c is None else str(c) for c in chosen if not isinstance(c, list) and str(c) not in choices]
     if not unknown:
         return None
     return f"{override.key_or_group}={unknown[0]}: the choices are {', '.join(choices)}{_hint(unknown[0], choices)}"
@@ -129,5 +129,6 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _hint(wrong: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(wrong, list(dict.fromkeys(choices)), n=3, cutoff=0.6)
+    meant = [choice for choice in dict.fromkeys(choices) if not choice.endswith("_")]  # no _target_
+    close = difflib.get_close_matches(wrong, meant, n=3, cutoff=0.6)
     return f": did you mean {' or '.join(close)}?" if close else ""

@@ -85,8 +85,21 @@ WRONG = [
     (["trainer.accelerator=auto"], "trainer.accelerator must be one of cpu, gpu"),
     (["evaluation.batch_rows=0"], "evaluation.batch_rows must be a whole number of at least 1"),
     (["evaluation.blocks.behaviour.n_tokens=0"], "behaviour.n_tokens must be a whole number"),
-    (["optimizer.lr=-1"], "must be positive"),
+    (["optimizer.lr=-1"], "optimizer.lr must be a positive number or null, got -1"),
     (["schedule.decay=2"], r"decay in \[0, 1\]"),
+    (["optimizer.lr=nan"], "optimizer.lr must be a positive number or null, got nan"),
+    (["optimizer.betas=[0.9,2]"], "optimizer.betas must be two numbers"),
+    (["n_tokens=2e6"], "n_tokens must be a whole number of at least 1, got 2000000.0.*2_000_000"),
+    (["stream=rows"], "stream must be one of shuffled, sequences, got 'rows'"),
+    (["lm.dtype=int8"], "lm.dtype must be one of"),
+    (["logger=wandb", "logger.wandb.mode=never"], "mode must be one of online, offline, got 'never'"),
+    (
+        ["normalise=layer_norm"],
+        "normalise=layer_norm needs a dictionary that reads and writes one site, not mlp_in.2 and mlp_out.2",
+    ),
+    (["grid={sparsifier.k:[4,4000]}"], "sparsifier.k must be at most n_latents = 1024, got 4000"),
+    (["sites=[resid_post.1,resid_post.9]", "experiment=single"], "resid_post.9"),
+    (["init_from=nowhere"], "nowhere"),
 ]
 
 
@@ -124,10 +137,17 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
 
 
 def test_the_command_says_it_without_a_traceback(tmp_path: Path) -> None:
-    process = command("train.py", "n_tokens=0", "expansion=0", f"run_dir={tmp_path / 'run'}")
+    wrong = ["n_tokens=0", "expansion=0", "optimizer.lr=abc"]
+    process = command(
+        "train.py",
+        *wrong,
+        f"run_dir={tmp_path / 'run'}",
+        "dictionaries.mlp.set={optimizer.lr:1e-3,optimizer.betas:3}",
+    )
     out, _ = process.communicate()
     assert process.returncode == 1
-    assert "2 problem(s)" in out
+    assert "4 problem(s)" in out
+    assert "optimizer.lr must be a positive number or null, got 'abc'" in out
     assert "Traceback" not in out
     assert not (tmp_path / "run").exists()
 

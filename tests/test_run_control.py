@@ -210,6 +210,50 @@ def test_init_from_that_does_not_fit_is_refused(finished: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_run_started_from_may_move(copy: Path, tmp_path: Path) -> None:
+    start = f"init_from={copy / 'run'}"
+    stopped = command("train.py", *SMALL, *ONE, start, "n_tokens=50_000", f"run_dir={tmp_path / 'tuned'}")
+    wait_for_step(tmp_path / "tuned", 1, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    out, _ = stopped.communicate()
+    assert "Stopped at step" in out, out
+    shutil.rmtree(copy / "run")
+    resumed = command("train.py", f"resume={tmp_path / 'tuned'}")
+    out, _ = resumed.communicate()
+    assert resumed.returncode == 0, out
+    assert the(tmp_path / "tuned").metadata["init_from"] == str(copy / "run")
+
+
+def test_a_relative_text_is_found_from_elsewhere(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "text.txt", tmp_path / "text.txt")
+    text = ["data=local", "data.path=text.txt"]
+    stopped = command("train.py", *SMALL, *ONE, *text, "n_tokens=50_000", "run_dir=run", cwd=tmp_path)
+    wait_for_step(tmp_path / "run", 1, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate()
+    resumed = command("train.py", f"resume={tmp_path / 'run'}")
+    out, _ = resumed.communicate()
+    assert resumed.returncode == 0, out
+
+
+def test_a_signal_ends_a_sweep(tmp_path: Path) -> None:
+    overrides = [*without("n_tokens"), "n_tokens=120_000", *ONE, f"run_dir={tmp_path}", "seed=0,1"]
+    process = command("train.py", "-m", *overrides)
+    wait_for_step(tmp_path / "0", 1, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "Stopped at step" in out
+    assert "Traceback" not in out
+    assert not (tmp_path / "1").exists()
+
+
+def test_auto_does_not_train_over_dictionaries(copy: Path) -> None:
+    shutil.rmtree(copy / "run" / "checkpoints")
+    with pytest.raises(DictlearnError, match="trained dictionaries but no whole checkpoint"):
+        run_train(copy / "run", *of_finished(copy))
+
+
 def test_a_point_of_a_grid_is_the_run_of_its_values(tmp_path: Path) -> None:
     run_train(tmp_path / "grid", *ONE, "grid={sparsifier.k:[2,4],optimizer.lr:[1e-3,3e-3]}")
     small = [o for o in ONE if not o.startswith("sparsifier")]

@@ -81,6 +81,14 @@ def starting_dictionaries(init_from: Any, found: Sequence[Entry]) -> dict[str, D
 
 def build_dictionary(entry: Entry, d_in: int, d_out: int, device: str = "cpu") -> Dictionary:
     """The dictionary of an entry, with empty weights."""
+    if entry.config.normalise == "layer_norm" and entry.read.name != entry.write.name:
+        raise ConfigError(
+            [
+                "normalise=layer_norm needs a dictionary that reads and writes one site, not "
+                f"{entry.read.name} and {entry.write.name}: use mean_norm or none there, which "
+                "dictionaries.NAME.set={normalise:mean_norm} does for one dictionary alone"
+            ]
+        )
     with torch.device(device):
         return build(entry.config.module)(
             d_in=d_in,

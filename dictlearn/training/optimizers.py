@@ -33,15 +33,11 @@ class Adam:
     clip_norm: float | None
 
     def __post_init__(self) -> None:
-        positive = {"lr": self.lr, "lr_factor": self.lr_factor, "eps": self.eps, "clip_norm": self.clip_norm}
-        optional = ("lr", "clip_norm")
-        bad = {
-            name: value
-            for name, value in positive.items()
-            if not (_is_number(value) and value > 0) and not (value is None and name in optional)
-        }
-        if bad:
-            raise DictlearnError(f"optimizer values must be positive numbers, got {bad}.")
+        for name, optional in (("lr", True), ("lr_factor", False), ("eps", False), ("clip_norm", True)):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0) and not (value is None and optional):
+                or_null = " or null" if optional else ""
+                raise DictlearnError(f"optimizer.{name} must be a positive number{or_null}, got {value!r}.")
         betas = list(self.betas) if isinstance(self.betas, Sequence) else []
         if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
             raise DictlearnError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas}.")

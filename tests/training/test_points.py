@@ -64,6 +64,8 @@ WRONG = [
     ("grid={}", "gives lists of values"),
     ("grid=[1]", "gives lists of values"),
     ("grid={dictionary.module.skip:[true,false]}", "has no effect on the dictionaries resid, attn, mlp"),
+    ("grid={dictionaries.resid.optimizer.lr:[1,2]}", "belongs to optimizer.lr, which several dictionaries share"),
+    ("grid={dictionaries.resid.expansion:[1,2]}", "has no effect on the dictionaries attn, mlp"),
 ]
 
 
@@ -71,6 +73,13 @@ WRONG = [
 def test_a_grid_that_cannot_be_one_pass_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         points(composed("train", [override]))
+
+
+def test_a_value_of_its_own_beats_no_grid() -> None:
+    own = "dictionaries.resid.set={sparsifier.k:3}"
+    with pytest.raises(ConfigError, match=r"sparsifier\.k has no effect on the dictionaries resid"):
+        points(composed("train", [own, "grid={sparsifier.k:[1,2]}"]))
+    assert len(points(composed("train", [own, "grid={optimizer.lr:[1,2]}"]))) == 2
 
 
 def test_all_problems_of_a_grid_are_said() -> None:
@@ -121,3 +130,14 @@ def test_one_dictionary_can_have_values_of_its_own(model: PreTrainedModel) -> No
         entries(composed("train", ["dictionaries.attn.set={seed:3}"]), model)
     with pytest.raises(ConfigError, match="there is no key 'sparsifer\\.k'"):
         entries(composed("train", ["dictionaries.attn.set={sparsifer.k:3}"]), model)
+    with pytest.raises(ConfigError, match=r"dictionaries\.attn\.set gives values by key, .*got 3"):
+        entries(composed("train", ["dictionaries.attn.set=3"]), model)
+
+
+def test_a_further_dictionary_is_a_choice_of_its_group(model: PreTrainedModel) -> None:
+    more = ["+dictionary@dictionaries.early=sae", "dictionaries.early.site=resid_post.0"]
+    assert [e.name for e in entries(composed("train", more), model)][-1] == "resid_post.0"
+    with pytest.raises(
+        ConfigError, match=r"must be a choice of conf/dictionary: \+dictionary@dictionaries.early=sae"
+    ):
+        entries(composed("train", ["+dictionaries.early.site=resid_post.0"]), model)
