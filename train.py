@@ -43,6 +43,8 @@ def main(cfg: DictConfig) -> float:
 
 def further_problems(cfg: DictConfig, overrides: list[str]) -> list[str]:
     """Of a configuration whose other mistakes are known already."""
+    if cfg.resume not in (None, "auto"):
+        return ["resume continues the run as it was configured: leave out the other keys"]
     from dictlearn.training.preflight import problems
 
     return problems(cfg, overrides)

@@ -20,7 +20,7 @@ from dictlearn.evaluation.context import EvaluationContext, width_problems
 from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.evaluation.run import Results
 from dictlearn.hub import find, load
-from dictlearn.lm import LM, load_lm, resolve, skeleton
+from dictlearn.lm import LM, find_device, load_lm, resolve, skeleton
 from dictlearn.lm.sites import site_width
 from dictlearn.types import DictlearnError
 
@@ -102,7 +102,8 @@ def _value_problems(cfg: DictConfig) -> list[str]:
     given = {"load": _load_problem, "out": _out_problem}
     checks = [check(cfg[key]) for key, check in given.items() if not OmegaConf.is_missing(cfg, key)]
     problems = [problem for problem in checks if problem]
-    problems += _device_problems(cfg.device)
+    if cfg.device is not None:
+        collect(problems, lambda: find_device(cfg.device))
     if cfg.n_tokens is not None:
         cfg.evaluation.n_tokens = cfg.n_tokens
     return problems + evaluation_problems(cfg.evaluation)
@@ -127,20 +128,6 @@ def _out_problem(out: Any) -> str | None:
     except OSError as error:
         return f"out must be a folder that can be written, but {there} cannot: {error.strerror}"
     return None
-
-
-def _device_problems(device: Any) -> list[str]:
-    if device is None:
-        return []
-    try:
-        target = torch.device(str(device))
-    except RuntimeError:
-        target = None
-    if target is None or target.type not in ("cpu", "cuda"):
-        return [f"device must be null, cpu, cuda or cuda:0, got {device!r}"]
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        return [f"device {device} needs a GPU, and torch finds {torch.cuda.device_count()}"]
-    return []
 
 
 def _find(refs: str | ListConfig) -> dict[str, Path]:

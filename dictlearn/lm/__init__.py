@@ -1,6 +1,6 @@
 """Language models: load them, name places in them, read and replace activations there."""
 
-from dictlearn.lm.load import LM, lm_config, load_lm, skeleton
+from dictlearn.lm.load import LM, find_device, lm_config, load_lm, skeleton
 from dictlearn.lm.sites import file_name, resolve, resolve_pair, site_width
 from dictlearn.lm.taps import activations, capture, edit, widths
 
@@ -10,6 +10,7 @@ __all__ = [
     "capture",
     "edit",
     "file_name",
+    "find_device",
     "lm_config",
     "load_lm",
     "resolve",

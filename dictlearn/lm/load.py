@@ -90,7 +90,7 @@ def load_lm(name: str, revision: str | None = None, dtype: str | None = None, de
     Raises DictlearnError with the reason for whatever cannot be loaded as it is: a missing folder, file, weight
     tensor or tokenizer, weights of another shape, an unknown dtype or device.
     """
-    target = _device(device)
+    target = find_device(device)
     dtype = dtype or ("bfloat16" if target.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise DictlearnError(f"lm.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -139,11 +139,14 @@ def _source(name: str, revision: str | None) -> tuple[str, str | None]:
     return name, commit_of(name, revision)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: Any) -> torch.device:
+    """The device of a name. Raises DictlearnError for a malformed name, and for a GPU that torch does not see."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DictlearnError(f"The LM's device must be like cpu, cuda or cuda:0, got {name!r}.") from error
+        device = torch.device(str(name))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DictlearnError(f"device must be like cpu, cuda or cuda:0, got {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DictlearnError(f"device {name!r} needs a GPU; torch sees {torch.cuda.device_count()} here.")
     return device

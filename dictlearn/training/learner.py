@@ -80,7 +80,8 @@ def prepare(
     `normalise`: "mean_norm" scales every site to a mean norm of the root of its width; "none" and "layer_norm"
     leave the scales at 1, and biases and variance are those of the raw or the layer-normed activations.
     The weights are those of `start` in these scales, or random without it.
-    Raises DictlearnError where `normalise` contradicts the dictionary's `input_norm`, or `start` does not fit.
+    Raises DictlearnError where `normalise` contradicts the dictionary's `input_norm`, or `start` does not fit,
+    and for activations that do not vary.
     """
     if normalise not in NORMALISE:
         raise DictlearnError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}.")
@@ -91,6 +92,7 @@ def prepare(
             f"dictionary with input_norm={dictionary.input_norm}."
         )
     reads, writes = [statistics[s] for s in dictionary.reads], [statistics[s] for s in dictionary.writes]
+    _check_that_they_vary({site: statistics[site] for site in (*dictionary.reads, *dictionary.writes)})
     if normalise == "mean_norm":
         dictionary.read_scale.copy_(torch.tensor([dictionary.d_in**0.5 / s.mean_norm for s in reads]))
         dictionary.write_scale.copy_(torch.tensor([dictionary.d_out**0.5 / s.mean_norm for s in writes]))
@@ -101,3 +103,12 @@ def prepare(
         dictionary.initialise_(generator, *(torch.stack(per_site).float() for per_site in means))
     variances = [s.layer_norm_variance if layer_norm else s.variance for s in writes]
     return (torch.tensor(variances) * dictionary.write_scale.square()).float()
+
+
+def _check_that_they_vary(statistics: Mapping[str, SiteStatistics]) -> None:
+    constant = [site for site, s in statistics.items() if not s.variance > 1e-12 * s.mean_norm**2]  # rounding
+    if constant:
+        raise DictlearnError(
+            f"The activations at {', '.join(constant)} are the same at every token of the statistics prefix: there "
+            "is nothing to learn."
+        )

@@ -165,3 +165,11 @@ def test_every_dictionary_has_its_own_optimizer_settings() -> None:
         (1e-4, (0.0, 0.99), 1e-6),
     ]
     assert [set(map(id, g["params"])) for g in groups] == [set(map(id, d.parameters())) for d in (one, two)]
+
+
+def test_activations_that_do_not_vary_are_refused() -> None:
+    statistics = {
+        site: s._replace(variance=1e-14 * s.mean_norm**2) for site, s in PlantedStream(1).statistics().items()
+    }
+    with pytest.raises(DictlearnError, match="are the same at every token of the statistics prefix"):
+        prepare(Linear.tiny(), statistics, "mean_norm", torch.Generator())
