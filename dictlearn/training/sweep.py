@@ -35,7 +35,7 @@ class SweepTable(Callback):
     cluster end in processes of their own.
     """
 
-    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:  # noqa: ARG002 - Hydra's signature
         if config.hydra.mode == RunMode.MULTIRUN:
             write_jobs_table(Path(config.hydra.sweep.dir))
 
