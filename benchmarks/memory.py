@@ -35,7 +35,12 @@ def last_step(metrics: Path) -> int:
 
 def sample(run_dir: Path, overrides: list[str]) -> list[tuple[int, float]]:
     """(step, MB) over the run."""
-    small = [f"n_tokens={N_STEPS * BATCH_SIZE}", f"batch_size={BATCH_SIZE}", "expansion=2", "evaluation.n_tokens=1000"]
+    small = [
+        f"n_tokens={N_STEPS * BATCH_SIZE}",
+        f"batch_size={BATCH_SIZE}",
+        "expansion=2",
+        "evaluation.n_tokens=1000",
+    ]
     command = [sys.executable, str(ROOT / "train.py"), *small, *overrides, f"run_dir={run_dir}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     found: list[tuple[int, float]] = []
