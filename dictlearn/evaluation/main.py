@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from dictlearn.config import ConfigError, build, collect, evaluation_problems, missing
 from dictlearn.data import EmbeddedText, HubText, LocalText, TextData
 from dictlearn.dictionaries import Dictionary
-from dictlearn.evaluation.context import EvaluationContext, width_problems
+from dictlearn.evaluation.build import build_blocks
+from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext, width_problems
 from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.evaluation.run import Results
 from dictlearn.hub import find, load
@@ -34,7 +35,7 @@ class _Plan(NamedTuple):
     dictionaries: dict[str, Dictionary]
     lm: tuple[str, str | None, str | None]  # name, revision, dtype
     text: TextData
-    blocks: Any
+    blocks: dict[str, EvaluationBlock]
 
 
 def run_evaluation(cfg: DictConfig, console: Console) -> Results:
@@ -83,7 +84,7 @@ def _plan(cfg: DictConfig) -> _Plan:
         raise ConfigError(absent + found)
     folders = None if _load_problem(cfg.load) else collect(found, lambda: _find(cfg.load))
     dictionaries = None if folders is None else collect(found, lambda: {n: _one(f) for n, f in folders.items()})
-    blocks = None if found else collect(found, lambda: build(cfg.evaluation.blocks))
+    blocks = None if evaluation_problems(cfg.evaluation) else collect(found, lambda: build_blocks(cfg.evaluation))
     if dictionaries is None:
         raise ConfigError(found)
     lm = collect(found, lambda: _lm(cfg, dictionaries))
@@ -93,7 +94,7 @@ def _plan(cfg: DictConfig) -> _Plan:
         found += _site_problems(model, lm[0] if lm else "", dictionaries)
     if text is not None:
         found += text.problems(getattr(model and model.config.get_text_config(), "max_position_embeddings", None))
-    if found or folders is None or lm is None or text is None:
+    if found or folders is None or lm is None or text is None or blocks is None:
         raise ConfigError(found)
     return _Plan(folders, dictionaries, lm, text, blocks)
 
