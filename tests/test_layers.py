@@ -12,6 +12,7 @@ LAYER = {
     "types": 0,
     "registry": 0,
     "config": 0,
+    "files": 0,
     "overrides": 0,
     "kernels": 0,
     "sparsifiers": 1,
