@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from dictlearn.data.readers import READERS, Document, read_whole
+from dictlearn.data.readers import READERS, Document, SourceError, read_whole
+from dictlearn.files import reason
 
 Cursor = list[int]
 HASHES = 2**64  # a document's hash is an integer in [0, HASHES)
@@ -138,8 +139,11 @@ def source_from(spec: dict[str, Any]) -> Source:
 
 def file_identity(path: Path) -> list[Any]:
     """Suffix, size and content of a file; of a large one, its place and time instead of the content."""
-    stat = path.stat()
-    if stat.st_size > HASHED_BYTES:
-        return [path.suffix, stat.st_size, str(path.resolve()), stat.st_mtime_ns]
-    with path.open("rb") as file:
-        return [path.suffix, stat.st_size, file_digest(file, "blake2b").hexdigest()[:32]]
+    try:
+        stat = path.stat()
+        if stat.st_size > HASHED_BYTES:
+            return [path.suffix, stat.st_size, str(path.resolve()), stat.st_mtime_ns]
+        with path.open("rb") as file:
+            return [path.suffix, stat.st_size, file_digest(file, "blake2b").hexdigest()[:32]]
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {reason(error)}") from error

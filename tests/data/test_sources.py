@@ -72,7 +72,10 @@ def test_a_parquet_file_is_read_group_by_group(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"before byte 22: a line of a .jsonl file is one JSON object"),
         ("a.jsonl", b"[1]\n", r"one JSON object, not '\[1\]"),
         ("a.txt", b"fine\n\xff\xfe\n", r"at byte 5 is not UTF-8"),
-        ("a.parquet", b"fine", r"is not a parquet file"),
+        ("a.parquet", b"fine", r"cannot be read as parquet after row 0: .*file size is 4 bytes"),
+        ("a.jsonl", b'{"text":' + b"[" * 100_000, r"one JSON object, but maximum recursion depth"),
+        ("a.jsonl", b'{"text": [' + b"9" * 5000 + b"]}", r"one JSON object, but Exceeds the limit"),
+        ("a.jsonl", b'{"text": "\\ud83d"}', r"column 'text' holds text that is not valid Unicode"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, name, content, message):
@@ -80,6 +83,45 @@ def test_what_cannot_be_read_is_said(tmp_path, name, content, message):
     path.write_bytes(content)
     with pytest.raises(SourceError, match=message):
         list(FileSource((str(path),), "text").documents([0, 0], every))
+
+
+def test_a_damaged_parquet_page_is_said_with_its_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": random_documents(4000)}), path, row_group_size=1000)
+    metadata = pq.read_metadata(path)
+    column = metadata.row_group(2).column(0)
+    start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + 100 : start + 3000] = bytes(2900)
+    path.write_bytes(content)
+    found = []
+    with pytest.raises(SourceError, match=r"a.parquet cannot be read as parquet after row 2000: ") as error:
+        found += (text for _, text in FileSource((str(path),), "text").documents([0, 0], every))
+    assert isinstance(error.value.__cause__, OSError | pa.ArrowException)
+
+
+def test_bytes_in_a_parquet_column_that_are_no_text(tmp_path):
+    raw = pa.array([b"fine", b"\xff\xfe"])
+    texts = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"after row 0: 'utf-8' codec can't decode byte 0xff"):
+        list(FileSource((str(tmp_path / "a.parquet"),), "text").documents([0, 0], every))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("unit", ["line", "file"])
+def test_files_that_the_system_does_not_give(tmp_path, suffix, unit):
+    """A folder by that name, and none: for any user, root too. A closed file is another OSError."""
+    for name, made in (("folder", True), ("nothing", False)):
+        path = tmp_path / f"{name}{suffix}"
+        if made:
+            path.mkdir()
+        source = FileSource((str(path),), "text", unit)
+        with pytest.raises(SourceError, match=rf"{name}{suffix} cannot be read"):
+            list(source.documents([0, 0], every))
+        if not made:
+            with pytest.raises(SourceError, match=rf"{name}{suffix} cannot be read: No such file"):
+                source.identity()
 
 
 def test_parquet_columns_are_checked(tmp_path):

@@ -138,11 +138,20 @@ def test_columns_of_other_types_are_problems(text, kind):
 def test_mixed_and_nested_json_columns(tmp_path):
     path = tmp_path / "a.jsonl"
     kinds = {"lists of str": [1, "a"], "lists of list": [[1]], "lists of bool": [True], "float": 2.5}
+    kinds |= {"lists of null": [1, None], "lists of bool and null": [None, 1, True]}
     for kind, value in kinds.items():
         path.write_text(json.dumps({"text": value}))
         source = LocalText(path=str(path)).source()
         with pytest.raises(SourceError, match=f"holds {kind}, not text or lists of token ids"):
             list(source.documents(source.start, lambda _: True))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_null_among_token_ids_is_an_error_with_its_row(text, kind):
+    made = text([[5], [6], [7, None]], kind)
+    assert made.problems() == [], "beyond the two documents that are looked at"
+    with pytest.raises(DictlearnError, match=r"(row 3|before byte \d+): column 'input_ids' holds lists of null"):
+        made.train(bos_tokenizer())
 
 
 def test_nulls_and_empty_rows_are_skipped(text):
