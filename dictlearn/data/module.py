@@ -14,7 +14,7 @@ from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estim
 from dictlearn.data.outliers import NormFilter
 from dictlearn.data.sequences import SequenceStream
 from dictlearn.data.stream import ActivationStream
-from dictlearn.data.text import Rows, TextData
+from dictlearn.data.text import Rows, TextData, warn_of_unknown
 from dictlearn.data.tokens import TokenStore
 from dictlearn.lm.load import LM
 from dictlearn.lm.taps import activations
@@ -67,7 +67,12 @@ class ActivationData(LightningDataModule):
         return self._stream(self.store, self.norm_filter)
 
     def statistics(self, n_tokens: int = 65_536) -> dict[str, SiteStatistics]:
-        """Site name -> statistics over the first rows of the text; the stream does not move."""
+        """Site name -> statistics over the first rows of the text; the stream does not move.
+
+        Warns where many of these tokens are unknown to the tokenizer.
+        """
+        tokens = self.store.rows(0, self.store.wait_counted(n_tokens))
+        warn_of_unknown(self.lm.tokenizer, self.store.name, tokens, self.store.mask(tokens))
         return estimate_statistics(self.read, self.store, n_tokens, self.text.lm_batch_rows, self.norm_filter)
 
     def heldout(self, n_tokens: int) -> Rows:

@@ -9,14 +9,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dictlearn.files import reason
+
 ROWS_FILE, META_FILE, LOCK_FILE, TOKENIZER_FILE = "rows.bin", "meta.json", "lock", "tokenizer.json"
+
+
+class CacheError(Exception):
+    """The cache cannot be used: states the folder, what happened and the setting."""
+
+
+@contextmanager
+def cached_in(folder: Path) -> Iterator[None]:
+    """An OSError inside the block, about the files in `folder`, becomes a CacheError."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"The cache {folder} cannot be used ({reason(error)}): make room there, or set data.cache_dir to "
+            f"another folder"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -108,19 +127,20 @@ class Writer:
         self.folder, self.spec = folder, spec
         self.row_bytes = spec.ctx * np.dtype(spec.dtype).itemsize
         path = folder / ROWS_FILE
-        size = path.stat().st_size if path.exists() else 0
-        meta = read_meta(folder)
-        if meta is None or meta.n_rows * self.row_bytes > size:  # nothing whole: start again
-            meta = Meta(cursor=start)
+        with cached_in(folder):
+            size = path.stat().st_size if path.exists() else 0
+            meta = read_meta(folder)
+            if meta is None or meta.n_rows * self.row_bytes > size:  # nothing whole: start again
+                meta = Meta(cursor=start)
+            path.touch()
+            os.truncate(path, meta.n_rows * self.row_bytes)
         self.meta = meta
         self.packer = Packer(spec.ctx, spec.bos, meta.pending)
-        path.touch()
-        os.truncate(path, meta.n_rows * self.row_bytes)
 
     def append(self, documents: Sequence[Sequence[int]], cursor: list[int], complete: bool) -> None:
         """Tokenised documents, and the cursor after the last of them."""
         rows = self.packer.add(documents)
-        with (self.folder / ROWS_FILE).open("ab") as file:
+        with cached_in(self.folder), (self.folder / ROWS_FILE).open("ab") as file:
             file.write(rows.astype(self.spec.dtype).tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -135,10 +155,16 @@ class Writer:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Readers see the old file or the new one, never a part."""
+    """Readers see the old file or the new one, never a part. Makes the folder. Raises CacheError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with cached_in(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise

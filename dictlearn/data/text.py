@@ -10,17 +10,20 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from dictlearn.config import is_count
 from dictlearn.data.heldout import MOST_HELDOUT, heldout_threshold
-from dictlearn.data.packing import PackingSpec, write_atomically
+from dictlearn.data.packing import CacheError, PackingSpec, cached_in, write_atomically
 from dictlearn.data.readers import READERS, SourceError
 from dictlearn.data.sources import HASHES, EmbeddedSource, FileSource, Source
 from dictlearn.data.tokens import TokenStore
+from dictlearn.files import folder_problem, reason
 from dictlearn.types import DictlearnError, TokenIds, TokenMask
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of the token store; part of every fingerprint
 Unit = Literal["line", "file"]
 SPECIAL = ("bos", "eos", "pad", "sep", "cls", "mask")
+COUNTS = {"ctx": 2, "lm_batch_rows": 1, "block_rows": 1, "n_slices": 1, "heldout_min_tokens": 0}  # the least values
+MOST_UNKNOWN = 0.01  # share of the counted tokens; more is warned of
 
 
 class Rows(NamedTuple):
@@ -72,7 +77,7 @@ class TextData(ABC):
 
     @abstractmethod
     def source(self) -> Source:
-        """Raises DictlearnError or SourceError when there is no such text."""
+        """Raises DictlearnError or SourceError when there is no such text, or a value that says which is wrong."""
 
     def sample(self) -> Source:
         """A source of the same documents whose beginning is cheap to look at."""
@@ -83,17 +88,11 @@ class TextData(ABC):
 
         Looks at values and at the beginning of the text; needs no LM or tokenizer.
         """
-        found = []
-        for key, least in {
-            "ctx": 2,
-            "lm_batch_rows": 1,
-            "block_rows": 1,
-            "n_slices": 1,
-            "heldout_min_tokens": 0,
-        }.items():
-            value = getattr(self, key)
-            if type(value) is not int or value < least:
-                found.append(f"data.{key} must be a whole number of at least {least}, got {value!r}")
+        found = [
+            f"data.{key} must be a whole number of at least {least}, got {getattr(self, key)!r}"
+            for key, least in COUNTS.items()
+            if not is_count(getattr(self, key), least)
+        ]
         if not found and n_positions is not None and self.ctx > n_positions:
             found.append(f"data.ctx must be at most the LM's {n_positions} positions, got {self.ctx}")
         if not isinstance(self.heldout_fraction, float) or not 0 < self.heldout_fraction <= MOST_HELDOUT:
@@ -103,13 +102,35 @@ class TextData(ABC):
         ratio = self.max_norm_ratio
         if ratio is not None and not (type(ratio) in (int, float) and 1 < ratio < float("inf")):
             found.append(f"data.max_norm_ratio must be null or a number above 1, got {ratio!r}")
-        try:
-            source = self.sample()
-            if next(source.documents(source.start, lambda _: True), None) is None:
-                found.append(f"data must hold text, but every document of {self.title} is blank")
-        except (DictlearnError, SourceError) as error:
-            found.append(str(error))
+        for check in (self._cache_problem, self._document_problem):
+            try:
+                problem = check()
+            except (DictlearnError, SourceError) as error:
+                problem = str(error)
+            if problem is not None:
+                found.append(problem)
         return found
+
+    def _cache_problem(self) -> str | None:
+        is_place = self.cache_dir is None or (isinstance(self.cache_dir, str) and self.cache_dir)
+        return folder_problem("data.cache_dir", str(self._cache()) if is_place else self.cache_dir)
+
+    def _document_problem(self) -> str | None:
+        """Of the beginning of the text: whether there is one document to train on and one to hold out."""
+        source = self.sample()
+        n_documents = len(list(islice(source.documents(source.start, lambda _: True), 2)))
+        if n_documents == 0:
+            return f"data must hold text, but every document of {self.title} is blank"
+        if n_documents == 1:
+            return (
+                f"data must hold two documents at least, one to train on and one to hold out, but {self.title} is "
+                f"a single one: {self._more_documents()}"
+            )
+        return None
+
+    def _more_documents(self) -> str:
+        """How a text of one document becomes one of several."""
+        return "add documents"
 
     def train(self, tokenizer: PreTrainedTokenizerBase) -> TokenStore:
         """The rows of all documents that are not held out."""
@@ -133,6 +154,7 @@ class TextData(ABC):
         counted = int(mask.sum())
         if counted < n_tokens:
             log.warning("%s has %d held-out tokens; %d were asked for", self.title, counted, n_tokens)
+        warn_of_unknown(tokenizer, store.name, tokens, mask)
         info = {
             "text": self.title,
             "split": "heldout",
@@ -145,13 +167,16 @@ class TextData(ABC):
         return Rows(tokens, mask, info)
 
     def _store(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenStore:
-        backend = _backend(tokenizer)
         try:
-            source = self.source()
-            identity = source.identity()
-            threshold = self._threshold(source, identity, backend)
-        except SourceError as error:
+            return self._opened_store(tokenizer, split)
+        except (SourceError, CacheError) as error:
             raise DictlearnError(str(error)) from error
+
+    def _opened_store(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenStore:
+        backend = _backend(tokenizer)
+        source = self.source()
+        identity = source.identity()
+        threshold = self._threshold(source, identity, backend)
         special = special_ids(tokenizer)
         spec = PackingSpec(
             source=source.spec(),
@@ -177,16 +202,19 @@ class TextData(ABC):
             return int(self.heldout_fraction * HASHES)
         how = [self.heldout_fraction, self.heldout_min_tokens, self.ctx]
         path = self._cache() / "heldout" / f"{_digest([FORMAT, identity, backend.to_str(), how])}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        with cached_in(path.parent):
+            if path.exists():
+                return json.loads(path.read_text())
         threshold = heldout_threshold(source, backend, *how)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(threshold))
         return threshold
 
     def _cache(self) -> Path:
-        default = os.environ.get("DICTLEARN_CACHE") or Path.home() / ".cache" / "dictlearn"
-        return Path(self.cache_dir or default).expanduser()
+        place = self.cache_dir or os.environ.get("DICTLEARN_CACHE") or "~/.cache/dictlearn"
+        try:
+            return Path(place).expanduser()
+        except RuntimeError as error:  # there is no such user
+            raise DictlearnError(f"data.cache_dir must be a folder, got {place}: {error}") from error
 
 
 @dataclass
@@ -200,6 +228,8 @@ class EmbeddedText(TextData):
         return f"embedded text, seed {self.seed}"
 
     def source(self) -> Source:
+        if not is_count(self.seed, 0):
+            raise DictlearnError(f"data.seed must be a whole number of at least 0, got {self.seed!r}")
         return EmbeddedSource(self.seed)
 
 
@@ -224,12 +254,25 @@ class LocalText(TextData):
         if self.document not in get_args(Unit):
             choices = ", ".join(get_args(Unit))
             raise DictlearnError(f"data.document must be one of {choices}, got {self.document!r}")
-        files = tuple(str(path) for path in text_files(str(self.path or "")))
-        if self.document == "file" and not files[0].endswith(".txt"):
+        try:
+            files = tuple(str(path) for path in text_files(str(self.path or "")))
+        except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, no such user
+            raise DictlearnError(f"data.path {self.path} cannot be read: {reason(error)}") from error
+        is_txt = files[0].endswith(".txt")
+        if self.document == "file" and not is_txt:
             raise DictlearnError(
                 f"data.document=file is for .txt files; a row of {self.column!r} is one document in {files[0]}"
             )
+        if self.column != "text" and is_txt:
+            raise DictlearnError(
+                f"data.column={self.column} is for .jsonl and .parquet files; {files[0]} is read as a whole"
+            )
         return FileSource(files, self.column, self.document)
+
+    def _more_documents(self) -> str:
+        if self.document == "file":
+            return "data.document=line makes each line of it a document"
+        return "add documents (of a .txt file each line is one)"
 
 
 @dataclass
@@ -262,6 +305,13 @@ class HubText(TextData):
 
     @cached_property
     def _found(self) -> HubSource:
+        for key in ("name", "config", "split", "column", "revision"):
+            value = getattr(self, key)
+            if not isinstance(value, str | None):
+                quoted = f"\"data.{key}='{value}'\""
+                raise DictlearnError(f"data.{key} must be text, got {value!r}: quote it, {quoted}")
+        if not isinstance(self.streaming, bool):
+            raise DictlearnError(f"data.streaming must be true or false, got {self.streaming!r}")
         from dictlearn.data.hub import find  # a second to import
 
         found = find(self.name or "", self.config, self.split, self.column, self.streaming, self.revision)
@@ -299,6 +349,27 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The tokens that are never counted: bos, eos, pad, sep, cls and mask, where the tokenizer has them."""
     ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
     return {name: token for name, token in ids.items() if isinstance(token, int)}
+
+
+def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, name: str, tokens: TokenIds, mask: TokenMask) -> None:
+    """Warn when more than MOST_UNKNOWN of the counted tokens of `name` are none that the LM's tokenizer knows.
+
+    They count as text, unless the token for them is also a special one (GPT-2 has one for all).
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in special_ids(tokenizer).values():
+        return
+    n_counted, n_unknown = int(mask.sum()), int((mask & (tokens == unknown)).sum())
+    if n_unknown > MOST_UNKNOWN * n_counted:
+        log.warning(
+            "%.0f %% of the first %d tokens of %s are unknown to the LM's tokenizer, which knows %d, and are read "
+            "as %s: numbers on this text say little about the LM",
+            100 * n_unknown / n_counted,
+            n_counted,
+            name,
+            len(tokenizer),
+            tokenizer.unk_token,
+        )
 
 
 def _digest(parts: Any) -> str:

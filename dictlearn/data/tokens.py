@@ -19,7 +19,15 @@ from typing import IO
 import numpy as np
 import torch
 
-from dictlearn.data.packing import ROWS_FILE, TOKENIZER_FILE, Meta, PackingSpec, read_meta, write_atomically
+from dictlearn.data.packing import (
+    ROWS_FILE,
+    TOKENIZER_FILE,
+    Meta,
+    PackingSpec,
+    cached_in,
+    read_meta,
+    write_atomically,
+)
 from dictlearn.types import DictlearnError, TokenIds, TokenMask
 
 log = logging.getLogger(__name__)
@@ -38,6 +46,7 @@ class TokenStore:
     """Rows of `ctx` token ids, addressed by index; what is not there yet is tokenised when it is asked for.
 
     `name` says in messages what the text is. Row i is the same whenever and however often the store was grown.
+    Raises CacheError when the folder cannot be made or read.
     """
 
     def __init__(self, folder: Path, spec: PackingSpec, start: list[int], tokenizer_json: str, name: str) -> None:
@@ -47,10 +56,10 @@ class TokenStore:
         self._rows = np.empty((0, spec.ctx), dtype=spec.dtype)
         self._special = torch.tensor(spec.special, dtype=torch.int64)
         self._worker: _Worker | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / TOKENIZER_FILE).exists():
-            write_atomically(folder / TOKENIZER_FILE, tokenizer_json)
-        self._refresh()
+        with cached_in(folder):
+            if not (folder / TOKENIZER_FILE).exists():
+                write_atomically(folder / TOKENIZER_FILE, tokenizer_json)
+            self._refresh()
 
     @property
     def fingerprint(self) -> str:
@@ -145,7 +154,7 @@ class TokenStore:
         code = self._worker.code()
         if code is None:
             return True
-        tail = self._worker.log_tail()
+        tail = self._worker.log_tail() or f"It left no word: are {self.folder} (data.cache_dir) and /tmp writable?"
         self._worker = None
         if code != 0:
             how = f"ended by signal {-code}" if code < 0 else f"failed with exit status {code}"

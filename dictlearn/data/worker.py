@@ -18,14 +18,11 @@ from typing import Any
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from dictlearn.data.packing import LOCK_FILE, TOKENIZER_FILE, PackingSpec, Writer
+from dictlearn.data.packing import LOCK_FILE, TOKENIZER_FILE, CacheError, PackingSpec, Writer, cached_in
 from dictlearn.data.readers import Document, SourceError
 from dictlearn.data.sources import Cursor, Source, source_from
 
-FIRST_CHARS, MOST_CHARS = (
-    2**15,
-    2**20,
-)  # characters or token ids between two appends: little at first, for a fast start
+FIRST_CHARS, MOST_CHARS = 2**15, 2**20  # characters or token ids between two appends: few at first, to start fast
 POLL_SECONDS = 0.1
 NICENESS = 5  # runs ahead in what the training leaves free
 
@@ -34,7 +31,9 @@ def run(job: dict[str, Any]) -> None:
     """`job`: folder, spec (of PackingSpec), n_counted (the target), parent (process id)."""
     threading.Thread(target=_end_with, args=(job["parent"],), daemon=True).start()
     folder, spec = Path(job["folder"]), PackingSpec(**job["spec"])
-    with FileLock(folder / LOCK_FILE, poll_interval=POLL_SECONDS):
+    with cached_in(folder):
+        lock = FileLock(folder / LOCK_FILE, poll_interval=POLL_SECONDS).acquire()
+    with lock:
         source = source_from(spec.source)
         writer = Writer(folder, spec, source.start)
         if writer.meta.complete or writer.meta.n_counted >= job["n_counted"]:
@@ -95,5 +94,5 @@ if __name__ == "__main__":
     os.nice(NICENESS)
     try:
         run(json.load(sys.stdin))
-    except SourceError as error:
+    except (SourceError, CacheError) as error:
         sys.exit(str(error))

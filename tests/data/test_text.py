@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 import dictlearn.data
-from dictlearn.data import EmbeddedText, LocalText
+from dictlearn.data import EmbeddedText, HubText, LocalText
 from dictlearn.data.sources import HASHES, FileSource
 from dictlearn.types import DictlearnError
 from tests.data.helpers import BOS, bos_tokenizer, brute_force_rows, random_documents, token_ids, word_tokenizer
@@ -252,21 +252,39 @@ def test_files_of_a_folder_and_a_glob(tmp_path):
         ("a.csv", "x", {}, "must have files that end in .txt, .jsonl, .parquet, got '.csv'"),
         ("a.txt", "\n  \n", {}, "must hold text, but every document of"),
         ("a.jsonl", '{"body": "x"}', {}, "no column 'text'; it has body"),
-        ("a.txt", "x", {"ctx": 1}, "data.ctx must be a whole number of at least 2, got 1"),
-        ("a.txt", "x", {"ctx": "long"}, "data.ctx must be a whole number of at least 2, got 'long'"),
-        ("a.txt", "x", {"n_slices": 0}, "data.n_slices must be a whole number of at least 1"),
-        ("a.txt", "x", {"heldout_fraction": 0.5}, "data.heldout_fraction must be above 0 and at most 0.2, got 0.5"),
-        ("a.txt", "x", {"document": "page"}, "data.document must be one of line, file, got 'page'"),
-        ("a.jsonl", '{"text": "x"}', {"document": "file"}, "data.document=file is for .txt files"),
-        ("a.txt", "x", {"max_norm_ratio": 1.0}, "max_norm_ratio must be null or a number above 1, got 1.0"),
-        ("a.txt", "x", {"max_norm_ratio": "10"}, "max_norm_ratio must be null or a number above 1, got '10'"),
+        ("a.txt", "x\ny", {"ctx": 1}, "data.ctx must be a whole number of at least 2, got 1"),
+        ("a.txt", "x\ny", {"ctx": "long"}, "data.ctx must be a whole number of at least 2, got 'long'"),
+        ("a.txt", "x\ny", {"n_slices": 0}, "data.n_slices must be a whole number of at least 1"),
         (
             "a.txt",
-            "x",
+            "x\ny",
+            {"heldout_fraction": 0.5},
+            "data.heldout_fraction must be above 0 and at most 0.2, got 0.5",
+        ),
+        ("a.txt", "x\ny", {"document": "page"}, "data.document must be one of line, file, got 'page'"),
+        ("a.jsonl", '{"text": "x"}', {"document": "file"}, "data.document=file is for .txt files"),
+        ("a.txt", "x\ny", {"max_norm_ratio": 1.0}, "max_norm_ratio must be null or a number above 1, got 1.0"),
+        ("a.txt", "x\ny", {"max_norm_ratio": "10"}, "max_norm_ratio must be null or a number above 1, got '10'"),
+        (
+            "a.txt",
+            "x\ny",
             {"max_norm_ratio": float("nan")},
             "max_norm_ratio must be null or a number above 1, got nan",
         ),
-        ("a.txt", "x", {"ctx": 99}, "data.ctx must be at most the LM's 64 positions, got 99"),
+        ("a.txt", "x\ny", {"column": "body"}, "data.column=body is for .jsonl and .parquet files; "),
+        ("a.txt", "x\ny", {"cache_dir": 5}, "data.cache_dir must be a folder, got 5"),
+        ("a.txt", "x\ny", {"cache_dir": ""}, "data.cache_dir must be a folder, got ''"),
+        ("a.txt", "x\ny", {"cache_dir": "/proc/xx"}, "folder that can be written, but /proc/xx cannot: No such"),
+        ("a.txt", "x\ny", {"cache_dir": __file__ + "/sub"}, "must be a folder, but " + __file__ + " is a file"),
+        ("a.txt", "x\ny", {"cache_dir": "~nobody-here"}, "data.cache_dir must be a folder, got ~nobody-here: "),
+        ("a.txt", "x\n \n", {}, "must hold two documents at least, one to train on and one to hold out, but"),
+        ("a.txt", "x\n", {}, "is a single one: add documents (of a .txt file each line is one)"),
+        ("a.txt", "x\ny", {"document": "file"}, "is a single one: data.document=line makes each line of it"),
+        ("a.jsonl", '{"text": "x"}\n{"text": null}', {}, "must hold two documents at least"),
+        ("a.jsonl", '{"text": "\\ud83d"}', {}, "text that is not valid Unicode: 'utf-8' codec can't encode"),
+        (None, "", {"path": "x" * 300}, "cannot be read: File name too long"),
+        (None, "", {"path": "~nobody-here/x.txt"}, "~nobody-here/x.txt cannot be read: "),
+        ("a.txt", "x\ny", {"ctx": 99}, "data.ctx must be at most the LM's 64 positions, got 99"),
     ],
 )
 def test_problems_are_found_before_anything_is_loaded(tmp_path, name, content, changes, message):
@@ -280,8 +298,44 @@ def test_problems_are_found_before_anything_is_loaded(tmp_path, name, content, c
     assert message in problem
 
 
+@pytest.mark.parametrize("seed", ["abc", None, 1.5, -1, True])
+def test_a_seed_is_a_whole_number(seed):
+    text = EmbeddedText()
+    text.seed = seed
+    assert text.problems() == [f"data.seed must be a whole number of at least 0, got {seed!r}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", 20231101, "data.config must be text, got 20231101: quote it, \"data.config='20231101'\""),
+        ("name", 5, "data.name must be text, got 5"),
+        ("revision", 1.5, "data.revision must be text, got 1.5"),
+        ("streaming", "no", "data.streaming must be true or false, got 'no'"),
+    ],
+)
+def test_values_of_a_data_set_have_their_types(tmp_path, key, value, message):
+    text = HubText(name=str(tmp_path))
+    setattr(text, key, value)
+    (problem,) = text.problems()
+    assert message in problem
+
+
+def test_two_documents_are_looked_at_and_no_more(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n\n{"text": "y"}\n{')
+    assert LocalText(path=str(path)).problems() == []
+
+
+def test_looking_at_a_folder_leaves_nothing_in_it(tmp_path):
+    (tmp_path / "a.txt").write_text("x\ny\n")
+    for place in ("", "new/and/deeper"):
+        assert LocalText(path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / place)).problems() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_all_problems_at_once(tmp_path):
-    (tmp_path / "a.txt").write_text("x\n")
+    (tmp_path / "a.txt").write_text("x\ny\n")
     assert LocalText(path=str(tmp_path / "a.txt")).problems() == []
     assert EmbeddedText().problems(n_positions=128) == []
     (tmp_path / "b.jsonl").write_text("{}\n")

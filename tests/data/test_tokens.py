@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -111,6 +114,63 @@ def test_the_last_words_of_a_worker(text, tmp_path):
     assert len(store.rows(0, 10)) == 10, "what is whole can be used"
     with pytest.raises(DictlearnError, match=r"exit status 1 after \d+ rows. .*no column 'text'; it has body"):
         store.wait(10**9)
+
+
+def test_a_file_that_is_gone_is_said_by_the_worker(text):
+    store = text().train(bos_tokenizer())
+    Path(store.spec.source["files"][0]).unlink()
+    with pytest.raises(DictlearnError, match=r"exit status 1 after 0 rows. \S*text.txt cannot be read from byte 0"):
+        store.wait(1)
+
+
+@pytest.fixture
+def largest_file():
+    """Sets the size in bytes at which writing fails, for this process and those that it starts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_folder_and_the_setting(text, largest_file):
+    store = text().train(bos_tokenizer())
+    largest_file(50_000)
+    store.prefetch(10**9)
+    largest_file(resource.RLIM_INFINITY)
+    message = rf"after \d+ rows. The cache {store.folder} cannot be used \(File too large\): .* set data.cache_dir"
+    with pytest.raises(DictlearnError, match=message) as error:
+        store.wait(10**9)
+    assert "Traceback" not in str(error.value)
+    again = text().train(bos_tokenizer())
+    n_rows = again.wait(10**9)
+    whole = text("whole").train(bos_tokenizer())
+    assert (n_rows, content(again)) == (whole.wait(10**9), content(whole)), "goes on once there is room"
+
+
+def test_a_disk_too_full_for_last_words(text, largest_file):
+    store = text().train(bos_tokenizer())
+    largest_file(0)
+    store.prefetch(10**9)
+    largest_file(resource.RLIM_INFINITY)
+    with pytest.raises(DictlearnError, match=rf"It left no word: are {store.folder} \(data.cache_dir\)"):
+        store.wait(10**9)
+
+
+@pytest.mark.parametrize("folder", ["heldout", "tokens"])
+def test_a_full_disk_in_this_process(text, monkeypatch, folder):
+    """The file of the held-out part, and the store's tokenizer."""
+
+    def full(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(cache / folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = text()
+    cache = Path(made.cache_dir)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DictlearnError, match=rf"The cache {cache / folder}\S* cannot be used \(No space left on"):
+        made.train(bos_tokenizer())
+    assert not list(cache.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert made.train(bos_tokenizer()).wait(5) == 5
 
 
 def test_the_traceback_of_a_worker_is_shown(text):
