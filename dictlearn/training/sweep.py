@@ -60,7 +60,7 @@ def write_jobs_table(folder: Path) -> None:
             report = json.loads(file.read_text())
             name = f"{job.name}/{file.parent.name}"
             site = "+".join(report["dictionary"]["writes"])
-            points[name] = {"site": site, **{key: configs[job].get(key) for key in varied}}
+            points[name] = {key: configs[job].get(key) for key in varied} | {"site": site}
             reports[name] = report
     if not reports:
         return
