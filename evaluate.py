@@ -9,8 +9,6 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dictlearn.types import DictlearnError
-
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -21,26 +19,20 @@ def main(cfg: DictConfig) -> None:
     with console.status("Starting"):
         from dictlearn.evaluation.main import run_evaluation
 
-    try:
-        results = run_evaluation(cfg, console)
-    except DictlearnError as error:
-        sys.exit(str(error))
-    if results.errors:
+    if run_evaluation(cfg, console).errors:
         sys.exit(1)
 
 
-def further_problems(cfg: DictConfig, _: list[str]) -> list[str]:
-    """Of a configuration whose other mistakes are known already."""
+def further(cfg: DictConfig, overrides: list[str], job: int | None) -> None:  # noqa: ARG001
+    """Raise DictlearnError for what is wrong beside the command line."""
+    from dictlearn.config import ConfigError
     from dictlearn.evaluation.main import problems
 
-    return problems(cfg)
+    if found := problems(cfg):
+        raise ConfigError(found)
 
 
 if __name__ == "__main__":
-    from dictlearn.overrides import refuse_mistakes
+    from dictlearn.overrides import enter
 
-    try:
-        refuse_mistakes(CONF, "evaluate", sys.argv[1:], further_problems)
-    except DictlearnError as error:
-        sys.exit(str(error))
-    main()
+    enter(CONF, "evaluate", main, further)

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dictlearn.types import DictlearnError
+from dictlearn.types import DictlearnError, Stopped
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -21,40 +21,34 @@ def main(cfg: DictConfig) -> float:
     """Returns the mean FVU of the run's dictionaries, which a sweeper minimises."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.status("Starting"):
-        from dictlearn.training.run import Stopped, train
+        from dictlearn.training.run import train
 
     hydra_cfg = HydraConfig.get()
-    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    job = hydra_cfg.job.num if hydra_cfg.mode == RunMode.MULTIRUN else None
     try:
-        results = train(cfg, hydra_cfg.overrides.task, console, hydra_cfg.job.num if in_sweep else None)
+        results = train(cfg, hydra_cfg.overrides.task, console, job)
     except Stopped as error:
-        sys.exit(str(error))
+        sys.exit(str(error))  # the jobs after it do not start
     except DictlearnError as error:
-        if in_sweep:
-            raise  # the other jobs of the sweep still run
-        sys.exit(str(error))
-    if results.errors and in_sweep:
-        raise DictlearnError("; ".join(results.errors))
+        if job is not None:
+            console.print(f"Job {job} failed: {error}", markup=False, soft_wrap=True)
+        raise
+    if results.errors and job is not None:
+        raise DictlearnError(f"Job {job}: {'; '.join(results.errors)}")
     if results.errors:
         sys.exit(1)
     fvus = [report["reconstruction"]["fvu"] for report in results.reports.values() if "reconstruction" in report]
     return sum(fvus) / len(fvus) if fvus else float("nan")
 
 
-def further_problems(cfg: DictConfig, overrides: list[str]) -> list[str]:
-    """Of a configuration whose other mistakes are known already."""
-    if cfg.resume not in (None, "auto"):
-        return ["resume continues the run as it was configured: leave out the other keys"]
-    from dictlearn.training.preflight import problems
+def further(cfg: DictConfig, overrides: list[str], job: int | None) -> None:
+    """Raise DictlearnError for what is wrong beside the command line."""
+    from dictlearn.training.run import check
 
-    return problems(cfg, overrides)
+    check(cfg, overrides, job)
 
 
 if __name__ == "__main__":
-    from dictlearn.overrides import refuse_mistakes
+    from dictlearn.overrides import enter
 
-    try:
-        refuse_mistakes(CONF, "train", sys.argv[1:], further_problems)
-    except DictlearnError as error:
-        sys.exit(str(error))
-    main()
+    enter(CONF, "train", main, further)

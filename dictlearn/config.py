@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from dictlearn.types import DictlearnError
 
 T = TypeVar("T")
-AT_LEAST = {"n_tokens": 1, "batch_size": 1, "expansion": 1, "statistics_n_tokens": 1, "seed": 0}
+AT_LEAST = {"n_tokens": 1, "batch_size": 1, "statistics_n_tokens": 1, "seed": 0}
 NORMALISE = ("mean_norm", "none", "layer_norm")
 STREAMS = ("shuffled", "sequences")
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -47,6 +47,16 @@ def collect(problems: list[str], attempt: Callable[[], T]) -> T | None:
     return None
 
 
+def check_references(cfg: DictConfig) -> None:
+    """Raise ConfigError where a value refers, as `${other}`, to something that is not there."""
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationToMissingValueError:
+        return  # said of the missing value
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from error
+
+
 def missing(cfg: DictConfig) -> list[str]:
     """Required values that are not given, one sentence each."""
     return [f"{key} is required: give {key}=<value>" for key in sorted(OmegaConf.missing_keys(cfg))]
@@ -59,16 +69,15 @@ def value_problems(cfg: DictConfig) -> list[str]:
             f"{key} must be a group of settings, such as the choices in conf/{key}, got {cfg[key]!r}"
             for key in broken
         ]
-    problems = []
-    for key, least in AT_LEAST.items():
-        if not is_count(cfg[key], least):
-            problems.append(f"{key} must be a whole number of at least {least}, got {cfg[key]!r}{_whole(cfg[key])}")
-    if cfg.dead_after_tokens is not None and not is_count(cfg.dead_after_tokens, 1):
-        problems.append(f"dead_after_tokens must be null or a whole number above 0, got {cfg.dead_after_tokens!r}")
+    problems = [
+        f"{key} must be a whole number of at least {least}, got {cfg[key]!r}{_whole(cfg[key])}"
+        for key, least in AT_LEAST.items()
+        if not is_count(cfg[key], least)
+    ]
+    problems += dictionary_problems(cfg)
     if is_count(cfg.seed, 2**32):
         problems.append(f"seed must be below 2^32, got {cfg.seed}")
     choices = {
-        "normalise": (cfg.normalise, NORMALISE),
         "stream": (cfg.stream, STREAMS),
         "trainer.precision": (cfg.trainer.precision, PRECISIONS),
         "trainer.accelerator": (cfg.trainer.accelerator, ACCELERATORS),
@@ -78,12 +87,27 @@ def value_problems(cfg: DictConfig) -> list[str]:
         if value not in allowed:
             names = ", ".join("null" if name is None else name for name in allowed)
             problems.append(f"{key} must be one of {names}, got {value!r}")
+    if cfg.site is not None and cfg.sites is not None:
+        problems.append("site and sites cannot both be given: sites=[...] lists all of them")
     for key in ("plan", "trainer.deterministic"):
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
             problems.append(f"{key} must be true or false, got {value!r}")
     if (devices := cfg.trainer.devices) not in (1, "1", [0]):
         problems.append(f"trainer.devices must be 1: training on several devices is not supported, got {devices!r}")
     return problems + evaluation_problems(cfg.evaluation)
+
+
+def dictionary_problems(cfg: DictConfig) -> list[str]:
+    """What is wrong with the plain values that each dictionary may have for itself, one sentence each."""
+    problems = []
+    if not is_count(cfg.expansion, 1):
+        value = cfg.expansion
+        problems.append(f"expansion must be a whole number of at least 1, got {value!r}{_whole(value)}")
+    if cfg.normalise not in NORMALISE:
+        problems.append(f"normalise must be one of {', '.join(NORMALISE)}, got {cfg.normalise!r}")
+    if cfg.dead_after_tokens is not None and not is_count(cfg.dead_after_tokens, 1):
+        problems.append(f"dead_after_tokens must be null or a whole number above 0, got {cfg.dead_after_tokens!r}")
+    return problems
 
 
 def evaluation_problems(evaluation: DictConfig) -> list[str]:
@@ -125,7 +149,7 @@ def build(node: Any, **arguments: Any) -> Any:
         if isinstance(error.__cause__, DictlearnError):
             raise error.__cause__ from None
         if isinstance(error.__cause__, TypeError | ImportError):
-            raise DictlearnError(f"{node.get('_target_')}: {error.__cause__}") from error
+            raise DictlearnError(f"{_target(node)}: {error.__cause__}") from error
         reason = str(error).splitlines()[0]
         raise DictlearnError(f"Cannot build {_target(node)}: {error.__cause__ or reason}") from error
     except OmegaConfBaseException as error:

@@ -28,6 +28,10 @@ class DictlearnError(Exception):
     """An error for the user: states the rule, the value and the choices; shown without a traceback."""
 
 
+class Stopped(DictlearnError):
+    """A signal ended the run; in a sweep, the jobs after it do not start."""
+
+
 class FormatError(DictlearnError):
     """A dictionary on disk does not have the declared layout."""
 

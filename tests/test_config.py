@@ -11,7 +11,7 @@ from dictlearn.config import ConfigError
 from dictlearn.embedded import LM_FOLDER
 from dictlearn.lm import LM
 from dictlearn.training.build import dead_after
-from dictlearn.training.preflight import preflight
+from dictlearn.training.run import check
 from dictlearn.types import DictlearnError
 from tests.runs import ROOT, command, composed
 
@@ -37,7 +37,7 @@ def test_every_yaml_composes_and_instantiates(path: Path, tmp_path: Path) -> Non
         assert isinstance(instantiate({**cfg.lm, "name": str(LM_FOLDER)}), LM)
         return
     if group == "experiment":
-        preflight(cfg, [])
+        check(cfg, [])
         return
     if group == "trainer":
         node = {**cfg.trainer, "accelerator": "cpu"}  # this machine may have no GPU
@@ -55,7 +55,7 @@ def test_evaluate_yaml_composes() -> None:
 
 def problems(*overrides: str) -> str:
     with pytest.raises(DictlearnError) as error:
-        preflight(composed("train", overrides), overrides)
+        check(composed("train", overrides), overrides)
     return str(error.value)
 
 
@@ -86,7 +86,24 @@ WRONG = [
     (["evaluation.batch_rows=0"], "evaluation.batch_rows must be a whole number of at least 1"),
     (["evaluation.blocks.behaviour.n_tokens=0"], "behaviour.n_tokens must be a whole number"),
     (["optimizer.lr=-1"], "optimizer.lr must be a positive number or null, got -1"),
-    (["schedule.decay=2"], r"decay in \[0, 1\]"),
+    (["schedule.decay=2"], r"schedule.decay must be a number in \[0, 1\], got 2"),
+    (["schedule.warmup_steps=-1"], "schedule.warmup_steps must be a whole number of at least 0, got -1"),
+    (["experiment=single", "site=resid_post.1", "sites=[resid_post.0]"], "site and sites cannot both be given"),
+    (["grid={expansion:[2,2.5]}"], r"resid_post.2_expansion-2.5: expansion must be a whole number.*got 2.5"),
+    (["grid={dead_after_tokens:[0,100]}"], "dead_after_tokens must be null or a whole number above 0, got 0"),
+    (["dictionaries.attn.expansion=abc"], "attn_out.2: expansion must be a whole number of at least 1, got 'abc'"),
+    (["dictionaries.attn.set={normalise:foo}"], "attn_out.2: normalise must be one of .*, got 'foo'"),
+    (
+        ["objective.aux_k=null"],
+        r"objective.aux_k must have the _target_ of a loss term, got None \(~objective.aux_k",
+    ),
+    (["+evaluation.blocks.behaviour.foo=1"], "evaluation.blocks.behaviour.*unexpected keyword argument 'foo'"),
+    (["evaluation.blocks.behaviour=null"], "evaluation.blocks.behaviour: must be a mapping"),
+    (["logger.csv=null"], "logger.csv must have settings"),
+    (["run_dir=/proc/xx"], "run_dir must be a folder that can be written, but /proc"),
+    (["run_dir=null"], "run_dir must be a folder, got None"),
+    (["logger=wandb"], "logger.wandb.mode=online needs an account"),
+    (["n_tokens=${foo}"], "n_tokens: .*'foo' not found"),
     (["optimizer.lr=nan"], "optimizer.lr must be a positive number or null, got nan"),
     (["optimizer.betas=[0.9,2]"], "optimizer.betas must be two numbers"),
     (["n_tokens=2e6"], "n_tokens must be a whole number of at least 1, got 2000000.0.*2_000_000"),
@@ -112,10 +129,10 @@ def test_each_mistake_has_its_message(overrides: list[str], message: str) -> Non
 
 def test_all_problems_come_in_one_list() -> None:
     with pytest.raises(ConfigError) as error:
-        preflight(composed("train", ["n_tokens=0", "expansion=0", "normalise=x"]), [])
+        check(composed("train", ["n_tokens=0", "expansion=0", "normalise=x"]), [])
     assert len(error.value.problems) == 3
     with pytest.raises(ConfigError) as error:
-        preflight(composed("train", ["sparsifier.k=0", "data.ctx=4096", "schedule.decay=2"]), [])
+        check(composed("train", ["sparsifier.k=0", "data.ctx=4096", "schedule.decay=2"]), [])
     assert len(error.value.problems) == 3  # said once, not once per dictionary
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hydra import initialize_config_dir
+from omegaconf import DictConfig
 
 from dictlearn.config import ConfigError
 from dictlearn.overrides import check, refuse_mistakes
@@ -36,7 +37,11 @@ WRONG = [
     ("data.strea=true", r"to add an argument: \+data.strea=..."),
     ("dictionaries.resid.set.sparsifier.k=3", r"write 'dictionaries.resid.set=\{sparsifier.k:...\}'"),
     ("dictionaries.resid.optimizer.lr=3", r"write 'dictionaries.resid.set=\{optimizer.lr:...\}'"),
-    ("optimizer.lr", "'optimizer.lr' is no override, which is written key=value"),
+    ("~n_tokens", "n_tokens cannot be left out"),
+    ("~lm", "lm cannot be left out: the choices are"),
+    ("~optimizer.lr", "optimizer.lr cannot be left out"),
+    ("+n_tokens=5", r"\+n_tokens adds a key, and there is one already: write n_tokens="),
+    ("optimizer.lr", "'optimizer.lr' is no override, which is written key=value, in quotes where"),
     ("sites=resid_post.[01]", "is no override"),
 ]
 
@@ -54,8 +59,6 @@ def test_a_mistake_says_what_was_meant(override: str, message: str) -> None:
 RIGHT = [
     "n_tokens=5",
     "sparsifier=relu",
-    "sparsifier=top_k,relu",
-    "sparsifier.k=8,16",
     "dictionaries.resid.module.skip=true",
     "dictionaries.resid.set={sparsifier.k:3}",
     "~evaluation.blocks.behaviour",
@@ -77,21 +80,55 @@ def test_what_is_right_passes(override: str) -> None:
 
 
 @pytest.mark.usefixtures("hydra_conf")
+@pytest.mark.parametrize("override", ["sparsifier=top_k,relu", "sparsifier.k=8,16", "seed=range(1,4)"])
+def test_several_values_are_a_sweep(override: str) -> None:
+    assert check(CONF, "train", [override], multirun=True) == ([], [override])
+    (problem,), _ = check(CONF, "train", [override])
+    assert "is several values: add -m" in problem
+
+
+@pytest.mark.usefixtures("hydra_conf")
 def test_keys_of_a_chosen_group_are_known() -> None:
     assert check(CONF, "train", ["sparsifier=relu", "sparsifier.l1=1"])[0] == []
     assert len(check(CONF, "train", ["sparsifier.l1=1"])[0]) == 1
 
 
-def test_further_problems_join_the_list() -> None:
-    def further(cfg: object, overrides: list[str]) -> list[str]:
-        assert overrides == ["seed=2"]
-        return ["another"]
+def further(cfg: DictConfig, overrides: list[str], job: int | None) -> None:
+    """Does not like a seed of 2, nor a first job."""
+    found = [f"seed {cfg.seed} is bad"] if cfg.seed == 2 else []
+    found += ["never the first"] if job == 0 else []
+    if "name=x" in overrides:
+        found.append("no x")
+    if found:
+        raise ConfigError(found)
 
+
+def test_further_problems_join_the_list() -> None:
+    with pytest.raises(ConfigError) as error:
+        refuse_mistakes(CONF, "train", ["sed=1", "seed=2", "n_tokens=${nothing}"], further)
+    assert len(error.value.problems) == 2  # what cannot be resolved hides the rest
     with pytest.raises(ConfigError) as error:
         refuse_mistakes(CONF, "train", ["sed=1", "seed=2"], further)
-    assert len(error.value.problems) == 2
-    refuse_mistakes(CONF, "train", ["seed=2"], further)
+    assert error.value.problems[1:] == ["seed 2 is bad"]
+    refuse_mistakes(CONF, "train", ["seed=2"], further)  # the run itself says it
     refuse_mistakes(CONF, "train", ["--config-dir=elsewhere", "sed=1"], further)
+
+
+def test_what_hydra_refuses_is_listed_too() -> None:
+    for arguments in (["hydra/launcher=slrm"], ["-m", "hydra/launcher=slrm", "seed=1,2"]):
+        with pytest.raises(ConfigError, match="hydra/launcher/slrm"):
+            refuse_mistakes(CONF, "train", arguments, further)
+
+
+def test_every_job_of_a_sweep_is_looked_at_first() -> None:
+    with pytest.raises(ConfigError) as error:
+        refuse_mistakes(CONF, "train", ["-m", "seed=1,2", "n_tokens=5,6", "name=x"], further)
+    assert error.value.problems == [
+        "seed=1 n_tokens=5: never the first",
+        "no x",
+        "seed=2 n_tokens=5: seed 2 is bad",
+    ]
+    refuse_mistakes(CONF, "train", ["-m", "seed=3,4", "hydra.sweeper.max_batch_size=1"], further)  # another order
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])

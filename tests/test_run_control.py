@@ -12,13 +12,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.embedded import LM_FOLDER
+from dictlearn.training.resume import fix_commit, newest_whole, resumed_if_begun
 from dictlearn.types import DictlearnError
-from tests.runs import SMALL, command, run_train, weight_hashes
+from tests.runs import SMALL, command, composed, run_train, weight_hashes
 
 ONE = ("experiment=single", "site=resid_post.1", "~evaluation.blocks.behaviour")
 
@@ -94,6 +96,24 @@ def test_a_signal_saves_the_step_that_it_came_in(tmp_path: Path, sent: signal.Si
     assert resumed.returncode == 0, out
     assert whole.wait() == 0
     assert weight_hashes(tmp_path / "moved") == weight_hashes(tmp_path / "whole")
+    assert f"Continuing {tmp_path / 'moved'} from step {step}" in out
+    drop = ["tokens_per_second"]
+    tables = [pd.read_csv(tmp_path / name / "metrics.csv").drop(columns=drop) for name in ("moved", "whole")]
+    pd.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_training_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals) -> None:
+    process = command("train.py", *SMALL, *ONE, "statistics_n_tokens=1_000_000", f"run_dir={tmp_path / 'run'}")
+    while not (tmp_path / "run" / "config.yaml").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(sent)
+    out, _ = process.communicate()
+    assert process.returncode == 1, out
+    assert "Interrupted before training began; nothing is lost." in out
+    assert "Traceback" not in out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +189,32 @@ def test_auto_refuses_another_configuration(finished: Path, override: str, messa
     with pytest.raises(DictlearnError, match=message):
         run_train(finished / "run", *arguments, override)
     assert (finished / "run" / "config.yaml").read_text() == before
+
+
+def test_auto_takes_the_commit_of_the_revision_that_was_asked_for(tmp_path: Path) -> None:
+    cfg = composed("train", ["lm=hf", "lm.name=x/y", "lm.revision=main", f"run_dir={tmp_path}"])
+    stored = cfg.copy()
+    fix_commit(stored, "lm.revision", "0123abcd")
+    assert OmegaConf.load(tmp_path / "config.yaml").lm.revision == "0123abcd"
+    for revision in ("main", "0123abcd"):
+        again = cfg.copy()
+        again.lm.revision = revision
+        assert resumed_if_begun(again) is None  # no checkpoint yet
+        assert again.lm.revision == "0123abcd"
+    for revision in ("step143000", None):
+        again = cfg.copy()
+        again.lm.revision = revision
+        with pytest.raises(DictlearnError, match=r"lm\.revision = '0123abcd', not"):
+            resumed_if_begun(again)
+
+
+def test_a_checkpoint_with_other_bytes_is_passed_over(copy: Path) -> None:
+    (checkpoint,) = (copy / "run" / "checkpoints").iterdir()
+    content = bytearray(checkpoint.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = b"\xff" * 4096
+    checkpoint.write_bytes(content)
+    assert newest_whole(copy / "run") is None
 
 
 def test_auto_needs_a_folder_that_stays(tmp_path: Path) -> None:
@@ -283,7 +329,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full_after_three)
-    with pytest.raises(DictlearnError, match=r"No space left on device.*The checkpoint before it is whole"):
+    with pytest.raises(DictlearnError, match=r"No space left on device.*last whole checkpoint is .*, of step 12"):
         run_train(tmp_path / "run", *ONE)
     (left,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert left.name == "step-00000012.ckpt"

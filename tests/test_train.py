@@ -318,12 +318,29 @@ def test_the_seed_reaches_the_order_of_the_text(tmp_path: Path) -> None:
     assert _load(cfg, print).data.seed == 5
 
 
-def test_a_failing_job_leaves_the_others_of_a_sweep(tmp_path: Path) -> None:
-    arguments = ["-m", *SMALL, "experiment=single", "site=resid_post.1", "sparsifier.k=4000,4"]
-    arguments.remove("sparsifier.k=4")
-    process = command("train.py", *arguments, f"run_dir={tmp_path}", "~evaluation.blocks.behaviour")
+def test_a_sweep_with_an_impossible_job_does_not_start(tmp_path: Path) -> None:
+    process = command("train.py", "-m", "sparsifier.k=4000,4", f"run_dir={tmp_path / 'sweep'}")
     out, _ = process.communicate()
     assert process.returncode == 1
-    assert "must be at most n_latents" in out
+    assert "sparsifier.k=4000: sparsifier.k must be at most n_latents = 1024" in out
+    assert "Traceback" not in out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_run_without_its_csv_file_is_whole(tmp_path: Path) -> None:
+    results = run_train(tmp_path, "experiment=single", "site=resid_post.1", "~logger.csv")
+    assert results.reports["resid_post.1"]["reconstruction"]["fvu"] > 0
+    assert weight_hashes(tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_failing_job_leaves_the_others_of_a_sweep(tmp_path: Path) -> None:
+    arguments = ["-m", *SMALL, "experiment=single", "site=resid_post.1", "optimizer.lr=1e30,1e-3"]
+    arguments += ["optimizer.clip_norm=null", f"run_dir={tmp_path}", "~evaluation.blocks.behaviour"]
+    process = command("train.py", *arguments)
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "Job 0 failed: Training diverged" in out
+    assert "Traceback" not in out
     assert weight_hashes(tmp_path / "1")
     assert pd.read_csv(tmp_path / "sweep.csv")["dictionary"].tolist() == ["1/resid_post.1"]

@@ -23,7 +23,7 @@ MOST_DEAD_AFTER = 10_000_000  # tokens
 
 def dead_after(dead_after_tokens: int | None, n_tokens: int) -> int:
     """Tokens of silence after which a latent counts as dead."""
-    return dead_after_tokens or max(1, min(MOST_DEAD_AFTER, n_tokens // 10))
+    return max(1, min(MOST_DEAD_AFTER, n_tokens // 10)) if dead_after_tokens is None else dead_after_tokens
 
 
 def build_members(
@@ -69,8 +69,8 @@ def starting_dictionaries(init_from: Any, found: Sequence[Entry]) -> dict[str, D
         start = loaded.get(entry.name) or loaded.get(entry.base)
         if start is None:
             problems.append(
-                f"init_from={init_from} has no dictionary {entry.name!r}; it has {', '.join(loaded)}: give the "
-                "folder of one of them"
+                f"init_from={init_from} has no dictionary {entry.name!r}; it has {', '.join(loaded)}: train at the "
+                "same sites (experiment=single site=... or sites=...), or give the folder of one dictionary"
             )
         else:
             starts[entry.name] = start

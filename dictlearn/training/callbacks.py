@@ -145,6 +145,24 @@ class Identity(Callback):
         return self.identity
 
 
+class LastCheckpoint(Callback):
+    """The last step is saved, whatever the period: a run that ends after it has only to write its results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        n_steps = pl_module.n_steps
+        if trainer.global_step == n_steps and n_steps % _period(n_steps):
+            trainer.save_checkpoint(self.folder / f"step-{n_steps:08d}.ckpt")
+
+
+class NotWritten(DictlearnError):
+    """A checkpoint could not be written."""
+
+
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside its place, then renames: it is there whole or not at all, on any file system."""
 
@@ -161,7 +179,7 @@ class WholeFiles(TorchCheckpointIO):
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # a full disk; torch says it as a RuntimeError
             partial.unlink(missing_ok=True)
-            raise DictlearnError(f"Cannot write {path}: {error}. The checkpoint before it is whole.") from error
+            raise NotWritten(f"Cannot write {path}: {error}.") from error
         partial.replace(path)
 
 
@@ -171,10 +189,14 @@ def periodic_checkpoint(folder: Path, n_steps: int) -> ModelCheckpoint:
         dirpath=folder,
         filename="step-{step:08d}",
         auto_insert_metric_name=False,
-        every_n_train_steps=max(1, min(500, n_steps // 10)),
+        every_n_train_steps=_period(n_steps),
         save_top_k=1,
         save_on_train_epoch_end=False,
     )
+
+
+def _period(n_steps: int) -> int:
+    return max(1, min(500, n_steps // 10))
 
 
 def keep_newest(folder: Path) -> None:

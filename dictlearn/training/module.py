@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -37,7 +38,7 @@ class DictionaryTraining(L.LightningModule):
     """Trains every member on every batch; losses are independent, so their sum has each one's own gradients.
 
     Metrics stay on the device and leave it once per window in one transfer. `latest` holds the last window's
-    values for the progress bar.
+    values for the progress bar, and the mean speed of the run, in all its processes.
     """
 
     def __init__(self, members: list[Member], n_steps: int, tokens_per_batch: int) -> None:
@@ -47,7 +48,8 @@ class DictionaryTraining(L.LightningModule):
         self.n_steps, self.tokens_per_batch = n_steps, tokens_per_batch
         self.window = max(1, min(MOST_PER_WINDOW, n_steps // 10))
         self.latest: dict[str, float] = {}
-        self._window_start: tuple[int, float] | None = None
+        self._seconds = 0.0  # in training before this process
+        self._since: float | None = None  # when this process began with its first step
 
     def training_step(self, batch: Batch | Sequences, batch_idx: int) -> Tensor:
         flat = batch.flat() if isinstance(batch, Sequences) else batch
@@ -74,28 +76,40 @@ class DictionaryTraining(L.LightningModule):
     def on_train_batch_start(self, batch: Batch | Sequences, batch_idx: int) -> None:
         # A window ends before the next step, not after its last: a checkpoint saved between the two then holds
         # the whole window, and the resumed run ends it here as this one does.
-        if self._window_start is None:
-            self._window_start = (self.global_step, time.perf_counter())
+        if self._since is None:
+            self._since = time.perf_counter()
         if self.global_step > 0 and self.global_step % self.window == 0:
             self._flush(self.global_step)
 
     def on_train_epoch_end(self) -> None:
-        self._flush(self.global_step)  # the last window, in time for the callbacks' on_train_end
+        if self.global_step == self.n_steps:  # the last window, in time for the callbacks' on_train_end
+            self._flush(self.global_step)  # a run that was stopped goes on in its window
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Weights that are not finite never replace a checkpoint: the one before is deleted after this one."""
-        bad = [m.learner.name for m in self.members if not _all_finite(m.learner.dictionary)]
+        """What is not finite never replaces a checkpoint: the one before is deleted after this one."""
+        optimizer = self.trainer.optimizers[0]
+        bad = []
+        for member in self.members:
+            learner = member.learner
+            weights = list(learner.dictionary.parameters())
+            moments = [v for p in weights for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
+            states = {"loss": [learner.statistics.sums], "weights": weights, "optimizer state": moments}
+            bad += [f"{what} of {learner.name}" for what, values in states.items() if not _all_finite(values)]
         if bad:
-            raise self._diverged(", ".join(f"weights of {name}" for name in bad), self.global_step)
+            raise self._diverged(", ".join(bad), self.global_step)
+        checkpoint["seconds"] = self._seconds_so_far()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._seconds = checkpoint["seconds"]
+
+    def _seconds_so_far(self) -> float:
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def _flush(self, step: int) -> None:
         windows = [member.learner.statistics.flush() for member in self.members]
         values = torch.stack([value.double() for window in windows for value in window]).tolist()
         names = [f"{m.learner.name}/{field}" for m in self.members for field in WindowMetrics._fields]
-        start, since = self._window_start or (step, time.perf_counter())
-        now = time.perf_counter()
-        self._window_start = (step, now)
-        speed = (step - start) * self.tokens_per_batch / max(now - since, 1e-9)
+        speed = step * self.tokens_per_batch / self._seconds_so_far()
         if bad := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
             raise self._diverged(", ".join(bad), step)
         self.latest = {**dict(zip(names, values, strict=True)), "tokens_per_second": speed}
@@ -112,5 +126,5 @@ class DictionaryTraining(L.LightningModule):
         )
 
 
-def _all_finite(dictionary: nn.Module) -> bool:
-    return bool(torch.stack([p.isfinite().all() for p in dictionary.parameters()]).all())
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    return all(torch.stack([value.isfinite().all() for value in values] or [torch.tensor(True)]).tolist())

@@ -9,21 +9,26 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from dictlearn.config import ConfigError, build, collect, is_count, missing, unused_overrides, value_problems
+from dictlearn.config import (
+    ConfigError,
+    build,
+    collect,
+    dictionary_problems,
+    missing,
+    unused_overrides,
+    value_problems,
+)
 from dictlearn.data import TextData
 from dictlearn.dictionaries import Dictionary
+from dictlearn.evaluation.build import build_blocks
+from dictlearn.files import folder_problem
 from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary, starting_dictionaries
+from dictlearn.training.learner import LossTerm
 from dictlearn.training.points import Entry, entries, nodes, points
 
 PARTS = ("objective", "optimizer", "schedule")
 TRAINER_KEYS = ("_target_", "accelerator", "devices", "precision", "deterministic")
-
-
-def preflight(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise ConfigError with every problem found, before anything is loaded or written."""
-    if found := problems(cfg, overrides):
-        raise ConfigError(found)
 
 
 def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) -> list[str]:
@@ -31,16 +36,17 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
     found = missing(cfg)
     if not isinstance(cfg.get("dictionaries"), DictConfig) or not cfg.dictionaries:
         return [*found, "dictionaries is empty: choose experiment=default or experiment=single"]
-    plain_values = value_problems(cfg)
-    found += plain_values + unused_overrides(cfg, overrides)
-    if not resuming and not cfg.plan and any(Path(cfg.run_dir).glob("*")):
+    found += value_problems(cfg) + unused_overrides(cfg, overrides)
+    if problem := folder_problem("run_dir", cfg.run_dir):
+        found.append(problem)
+    elif not resuming and not cfg.plan and any(Path(cfg.run_dir).glob("*")):
         found.append(f"run_dir {cfg.run_dir} is not empty: choose another one, or resume={cfg.run_dir}")
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         found.append("trainer=gpu needs a CUDA device, and torch finds none: use trainer=cpu")
     model = _skeleton(cfg, found)
     _check_text(cfg, model, found)
-    if isinstance(cfg.get("logger"), DictConfig):
-        collect(found, lambda: build(cfg.logger))
+    collect(found, lambda: _check_loggers(cfg))
+    collect(found, lambda: build_blocks(cfg.evaluation))
     if added := sorted(set(cfg.trainer) - set(TRAINER_KEYS)):
         names = ", ".join(f"trainer.{key}" for key in added)
         found.append(f"{names}: of Lightning's trainer only {', '.join(TRAINER_KEYS[1:])} can be set")
@@ -63,6 +69,21 @@ def _skeleton(cfg: DictConfig, found: list[str]) -> PreTrainedModel | None:
     return collect(found, lambda: skeleton(cfg.lm.name, cfg.lm.revision))
 
 
+def _check_loggers(cfg: DictConfig) -> None:
+    nodes = cfg.logger
+    broken = (
+        [name for name in nodes if not isinstance(nodes[name], DictConfig)]
+        if isinstance(nodes, DictConfig)
+        else [None]
+    )
+    if broken:
+        names = "logger" if broken == [None] else ", ".join(f"logger.{name}" for name in broken)
+        raise ConfigError(
+            [f"{names} must have settings, such as the choices in conf/logger (~logger.csv leaves out one)"]
+        )
+    build(nodes)
+
+
 def _check_text(cfg: DictConfig, model: PreTrainedModel | None, found: list[str]) -> None:
     if OmegaConf.missing_keys(cfg.data):
         return
@@ -77,9 +98,16 @@ def _check_dictionary(
 ) -> None:
     """Build all of it, the weights on the meta device."""
     for part in PARTS:
-        collect(found, lambda p=part: build(entry.config[p]))
-    if not is_count(entry.config.expansion, 1):
-        return  # said of the key itself
+        built = collect(found, lambda p=part: build(entry.config[p]))
+        if part == "objective" and isinstance(built, Mapping):
+            found += [
+                f"objective.{name} must have the _target_ of a loss term, got {term!r} (~objective.{name}: none)"
+                for name, term in built.items()
+                if not isinstance(term, LossTerm)
+            ]
+    if own := dictionary_problems(entry.config):
+        found += [f"{entry.name}: {problem}" for problem in own if problem not in found]
+        return
     assert model is not None
     d_in, d_out = site_width(model, entry.read), site_width(model, entry.write)
     if d_in is None or d_out is None:  # known once the LM runs

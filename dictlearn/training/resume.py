@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dictlearn.config import ConfigError, plain
+from dictlearn.config import ConfigError
 from dictlearn.lm import LM
 from dictlearn.training.callbacks import Identity
 from dictlearn.types import DictlearnError
 
 CONFIG = "config.yaml"
 AUTO = "auto"
-MAY_DIFFER = ("resume", "run_dir", "name", "plan", "logger", "evaluation")  # nothing of it reaches the weights
+MAY_DIFFER = (
+    "resume",
+    "run_dir",
+    "name",
+    "plan",
+    "logger",
+    "evaluation",
+    "asked",
+)  # nothing of it reaches the weights
 COMMITS = ("lm.revision", "data.revision")
 PLACES = ("lm.name", "data.path", "data.name", "data.cache_dir", "init_from", *COMMITS)  # where content lies
 log = logging.getLogger(__name__)
@@ -64,12 +73,18 @@ def resumed_if_begun(cfg: DictConfig) -> Checkpoint | None:
             raise DictlearnError(f"run_dir {cfg.run_dir} holds files but no run ({CONFIG}): choose another one")
         return None
     stored = _stored(path)
-    for key in COMMITS:  # fixed at the start of the run, whatever branch was asked for
-        if OmegaConf.select(stored, key) is not None and OmegaConf.select(cfg, key, default=0) != 0:
-            OmegaConf.update(cfg, key, OmegaConf.select(stored, key))
-    if differences := _differences(plain(stored), plain(cfg)):
+    for key in COMMITS:
+        commit = OmegaConf.select(stored, key)
+        if commit is not None and OmegaConf.select(cfg, key) == OmegaConf.select(
+            stored, f"asked.{key}", default=commit
+        ):
+            OmegaConf.update(cfg, key, commit)
+    differences = _differences(_written(stored), _written(cfg))
+    differences.pop("data.cache_dir", None)
+    if differences:
         raise ConfigError(
-            f"run_dir {cfg.run_dir} holds a run with {key} = {before!r}, not {after!r}: choose another run_dir"
+            f"run_dir {cfg.run_dir} holds a run with {key} = {before!r}, not {after!r}: choose another run_dir "
+            "(init_from= takes over the weights)"
             for key, (before, after) in differences.items()
         )
     newest = newest_whole(Path(cfg.run_dir))
@@ -85,15 +100,30 @@ def newest_whole(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that can be read to its end; damaged ones are passed over with a warning."""
     for path in sorted((run_dir / "checkpoints").glob("step-*.ckpt"), reverse=True):
         try:
-            return Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            with zipfile.ZipFile(path) as archive:
+                whole = archive.testzip() is None  # compares the checksum of every part
+            if whole:
+                return Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile):
+            whole = False
+        if not whole:
             log.warning("%s is damaged: taking the one before", path)
     return None
 
 
+def fix_commit(cfg: DictConfig, key: str, commit: str | None) -> None:
+    """Put the commit that a revision stands for into the run's configuration, what was asked for beside it."""
+    if commit is None or OmegaConf.select(cfg, key) == commit:
+        return
+    with open_dict(cfg):
+        OmegaConf.update(cfg, f"asked.{key}", OmegaConf.select(cfg, key), force_add=True)
+    OmegaConf.update(cfg, key, commit)
+    OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
+
+
 def identity_of(cfg: DictConfig, lm: LM, text: str) -> dict[str, Any]:
     """What makes a run this run; `text` is the fingerprint of its token rows."""
-    config = {key: value for key, value in plain(cfg).items() if key not in MAY_DIFFER}
+    config = {key: value for key, value in _written(cfg).items() if key not in MAY_DIFFER}
     return {"LM weights": lm.fingerprint(), "text": text, "config": config}
 
 
@@ -111,6 +141,13 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
             "A run continues with the LM, text, sites and schedule that it began with, but "
             f"{'; '.join(changed)}. Start a new run in another folder (init_from= takes over the weights)."
         )
+
+
+def _written(cfg: DictConfig) -> dict[str, Any]:
+    """Every value where it stands; what refers to it is not repeated."""
+    written = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(written, dict)
+    return {str(key): value for key, value in written.items()}
 
 
 def _stored(path: Path) -> DictConfig:

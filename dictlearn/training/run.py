@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from dictlearn.config import ConfigError, build, plain
+from dictlearn.config import ConfigError, build, check_references, plain
 from dictlearn.data import ActivationData, TextData
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation import EvaluationContext, Results
+from dictlearn.evaluation.build import build_blocks
 from dictlearn.evaluation.plots import plot_training
 from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.hub import save
@@ -29,36 +30,35 @@ from dictlearn.training.build import build_members, starting_dictionaries
 from dictlearn.training.callbacks import (
     Environment,
     Identity,
+    LastCheckpoint,
+    NotWritten,
     ProgressDisplay,
     RandomState,
     WholeFiles,
     keep_newest,
     periodic_checkpoint,
 )
-from dictlearn.training.interrupt import StopOnSignal
+from dictlearn.training.interrupt import StopOnSignal, as_interrupt
 from dictlearn.training.loggers import DictionaryLogger
 from dictlearn.training.module import DictionaryTraining, Diverged, Member
 from dictlearn.training.plan import plan, show
 from dictlearn.training.points import Entry, entries, sites_of
-from dictlearn.training.preflight import preflight, problems
+from dictlearn.training.preflight import problems
 from dictlearn.training.resume import (
     AUTO,
     CONFIG,
     Checkpoint,
     check_identity,
+    fix_commit,
     identity_of,
     newest_whole,
     resumed,
     resumed_if_begun,
 )
 from dictlearn.training.sweep import write_run_table
-from dictlearn.types import DictlearnError
+from dictlearn.types import DictlearnError, Stopped
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(DictlearnError):
-    """A signal ended the run; in a sweep, the jobs after it do not start."""
 
 
 class Setup(NamedTuple):
@@ -71,25 +71,33 @@ class Setup(NamedTuple):
 
 
 def train(cfg: DictConfig, overrides: Sequence[str], console: Console, job: int | None = None) -> Results:
-    """Train the dictionaries of `cfg` (or continue those of `cfg.resume`), save and evaluate them.
+    """Run `cfg` to the end: train, save the dictionaries, evaluate them. Returns the reports.
 
     `job` is the number of a job of a sweep, which runs in a folder of its own. Raises DictlearnError before
-    anything is loaded or written if the configuration does not work; with `plan`, nothing is.
+    anything is loaded or written if the configuration does not work; with `plan`, nothing is. SIGTERM and Ctrl-C
+    raise Stopped, which says how to go on.
     """
-    with console.status("Checking the configuration"):
-        cfg, checkpoint = _begun(cfg, overrides, job)
-    if cfg.plan:
-        show(plan(cfg), cfg, console)
-        return Results({})
-    _quieten()
-    L.seed_everything(cfg.seed, verbose=False)
+    with as_interrupt():
+        with _interruptible("Interrupted; nothing is written"), console.status("Checking the configuration"):
+            cfg, checkpoint = check(cfg, overrides, job)
+        if cfg.plan:
+            show(plan(cfg), cfg, console)
+            return Results({})
+        _quieten()
+        L.seed_everything(cfg.seed, verbose=False)
+        with _folder(cfg, checkpoint, console), console.status("") as status:
+            say = status.update if console.is_terminal else console.print
+            setup = _load(cfg, say, resuming=checkpoint is not None)
+            identity = identity_of(cfg, setup.lm, setup.data.store.fingerprint)
+            if checkpoint is not None:
+                check_identity(checkpoint, identity)
+        return _train_and_evaluate(cfg, setup, identity, checkpoint, console)
+
+
+def _train_and_evaluate(
+    cfg: DictConfig, setup: Setup, identity: dict[str, Any], checkpoint: Checkpoint | None, console: Console
+) -> Results:
     run_dir = Path(cfg.run_dir)
-    with _interruptible("Interrupted before training began; nothing is lost"), console.status("") as status:
-        say = status.update if console.is_terminal else console.print
-        setup = _load(cfg, say, resuming=checkpoint is not None)
-    identity = identity_of(cfg, setup.lm, setup.data.store.fingerprint)
-    if checkpoint is not None:
-        check_identity(checkpoint, identity)
     loggers = list(build(cfg.logger).values())
     own_loggers = [logger for logger in loggers if isinstance(logger, DictionaryLogger)]
     folders = {entry.name: run_dir / "dictionaries" / entry.name for entry in setup.entries}
@@ -98,9 +106,11 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console, job: int 
         for logger in own_loggers:
             logger.start({entry.name: _logged_config(cfg, entry) for entry in setup.entries})
         _fit(cfg, setup, identity, loggers, checkpoint, console)
-        plot_training(run_dir / "metrics.csv", run_dir / "plots")
-        dictionaries = _save(cfg, setup, folders)
+        with _interruptible(f"Interrupted after the last step. Go on with resume={run_dir}"):
+            dictionaries = _save(cfg, setup, folders)
         with _interruptible(f"Interrupted; the dictionaries are saved: evaluate.py load={run_dir} out=..."):
+            if (table := run_dir / "metrics.csv").exists():  # without logger.csv there is none
+                plot_training(table, run_dir / "plots")
             results = _evaluate(cfg, setup, dictionaries, folders, console)
     finally:
         for logger in own_loggers:
@@ -108,30 +118,51 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console, job: int 
     return results
 
 
-def _begun(cfg: DictConfig, overrides: Sequence[str], job: int | None) -> tuple[DictConfig, Checkpoint | None]:
-    """The checked configuration of the run, written into its folder, and the checkpoint to continue from."""
+def check(
+    cfg: DictConfig, overrides: Sequence[str], job: int | None = None
+) -> tuple[DictConfig, Checkpoint | None]:
+    """The configuration of the run, and the checkpoint that it continues from; nothing is loaded or written.
+
+    Raises DictlearnError with all that is wrong.
+    """
+    check_references(cfg)
     fixed_folder = "${now:" not in str(OmegaConf.to_container(cfg, resolve=False)["run_dir"])  # type: ignore[index]
-    cfg.run_dir = str(cfg.run_dir if job is None else Path(cfg.run_dir) / str(job))  # `now` becomes a fixed time
+    if isinstance(cfg.run_dir, str):  # else said with the other problems
+        cfg.run_dir = cfg.run_dir if job is None else str(Path(cfg.run_dir) / str(job))  # `now` is a fixed time now
     if cfg.resume is not None and cfg.resume != AUTO:
         cfg, checkpoint = resumed(str(cfg.resume), overrides)
         if found := problems(cfg, [], resuming=True):
             raise ConfigError(found)
         return cfg, checkpoint
     _make_absolute(cfg)
-    if cfg.resume == AUTO:
-        found = problems(cfg, overrides, resuming=True)
-        if not fixed_folder:
-            found.append("resume=auto continues what is in run_dir: give run_dir=DIR")
-        if found:
-            raise ConfigError(found)
-        if (checkpoint := resumed_if_begun(cfg)) is not None:
-            return cfg, checkpoint
-    else:
-        preflight(cfg, overrides)
-    if not cfg.plan:
-        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
-    return cfg, None
+    found = problems(cfg, overrides, resuming=cfg.resume == AUTO)
+    if cfg.resume == AUTO and not fixed_folder:
+        found.append("resume=auto continues what is in run_dir: give run_dir=DIR")
+    if found:
+        raise ConfigError(found)
+    return cfg, resumed_if_begun(cfg) if cfg.resume == AUTO else None
+
+
+@contextmanager
+def _folder(cfg: DictConfig, checkpoint: Checkpoint | None, console: Console) -> Iterator[None]:
+    """The run folder with its configuration. A new run that fails inside the block leaves nothing behind."""
+    run_dir = Path(cfg.run_dir)
+    is_new = not (run_dir / CONFIG).exists()
+    if checkpoint is not None:
+        console.print(f"Continuing {run_dir} from step {checkpoint.step}", soft_wrap=True)
+    elif is_new:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, run_dir / CONFIG)
+    try:
+        yield
+    except BaseException as error:
+        if is_new:
+            (run_dir / CONFIG).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                run_dir.rmdir()
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped("Interrupted before training began; nothing is lost.") from None
+        raise
 
 
 def _make_absolute(cfg: DictConfig) -> None:
@@ -169,19 +200,16 @@ def _load(cfg: DictConfig, say: Callable[[str], None], resuming: bool = False) -
     device = "cuda" if cfg.trainer.accelerator == "gpu" else "cpu"
     say(f"Loading {cfg.lm.name}")
     lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
-    if lm.revision != cfg.lm.revision:
-        cfg.lm.revision = lm.revision
-        OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
+    fix_commit(cfg, "lm.revision", lm.revision)
     found = entries(cfg, lm.model)
     data = ActivationData(
         build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream
     )
     say("Measuring the activations")
     statistics = data.statistics(cfg.statistics_n_tokens)
-    commit = getattr(data.text, "revision", None)  # of a data set on the Hub, known once it is open
-    if commit is not None and cfg.data.revision != commit:
-        cfg.data.revision = commit
-        OmegaConf.save(cfg, Path(cfg.run_dir) / CONFIG)
+    fix_commit(cfg, "data.revision", getattr(data.text, "revision", None))  # known once the text is open
+    if cfg.evaluation.blocks:
+        data.heldout(1)  # an error now, not after the training
     starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
     return Setup(lm, data, found, build_members(cfg, found, lm, statistics, starts))
 
@@ -210,6 +238,7 @@ def _fit(
             Environment(),
             Identity(identity),
             stopper,
+            LastCheckpoint(checkpoints),
             periodic_checkpoint(checkpoints, n_steps),
         ],
         plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
@@ -231,21 +260,20 @@ def _fit(
         if stopper.requested is None:
             raise  # a cluster's own end of the job, which queues it again
         raise Stopped(f"{stopped.format(module.global_step)}, from its last checkpoint.") from None
-    except Diverged as error:
-        raise DictlearnError(f"{error} {_last_good(run_dir)}") from None
+    except (Diverged, NotWritten) as error:
+        raise DictlearnError(f"{error} {_last_whole(run_dir)}") from None
     finally:
         torch.set_float32_matmul_precision("highest")  # evaluation selects latents in float32
     keep_newest(checkpoints)
-    if stopper.requested is not None:
-        at = module.global_step if stopper.stopped_at is None else stopper.stopped_at  # None: after the last step
-        raise Stopped(f"{stopped.format(at)} (saved there).")
+    if stopper.requested is not None:  # perhaps after the last step, which is saved as well
+        raise Stopped(f"{stopped.format(module.global_step)} (saved there).")
 
 
-def _last_good(run_dir: Path) -> str:
+def _last_whole(run_dir: Path) -> str:
     newest = newest_whole(run_dir)
     if newest is None:
         return "There is no checkpoint from before."
-    return f"The last good checkpoint is {newest.path}, of step {newest.step}."
+    return f"The last whole checkpoint is {newest.path}, of step {newest.step}."
 
 
 def _logged_config(cfg: DictConfig, entry: Entry) -> dict[str, Any]:
@@ -305,7 +333,7 @@ def _evaluate(
         weight_files={name: folder / WEIGHTS for name, folder in folders.items()},
         max_norm_ratio=setup.data.text.max_norm_ratio,
     )
-    results = evaluate_and_show(context, build(cfg.evaluation.blocks), folders, run_dir / "plots", console)
+    results = evaluate_and_show(context, build_blocks(cfg.evaluation), folders, run_dir / "plots", console)
     if cfg.grid is not None or cfg.sites is not None:
         write_run_table(setup.entries, results.reports, run_dir)
         console.print(f"Sweep: {run_dir / 'sweep.csv'}, {run_dir / 'plots' / 'frontier.png'}")

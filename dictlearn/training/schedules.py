@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dictlearn.config import is_count
 from dictlearn.types import DictlearnError
 
 
@@ -20,10 +21,12 @@ class WarmupDecay:
     decay: float
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0 or not 0 <= self.decay <= 1:
+        if not is_count(self.warmup_steps, 0):
             raise DictlearnError(
-                f"schedule needs warmup_steps >= 0 and decay in [0, 1], got {self.warmup_steps} and {self.decay}."
+                f"schedule.warmup_steps must be a whole number of at least 0, got {self.warmup_steps!r}."
             )
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise DictlearnError(f"schedule.decay must be a number in [0, 1], got {self.decay!r}.")
 
     def factor(self, step: int, n_steps: int) -> float:
         """In (0, 1] for every `step` in [0, n_steps)."""

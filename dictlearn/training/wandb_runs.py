@@ -36,6 +36,11 @@ class WandbRuns(DictionaryLogger):
         super().__init__()
         if mode not in MODES:
             raise DictlearnError(f"logger.wandb.mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        if mode == "online" and not wandb.api.api_key:
+            raise DictlearnError(
+                "logger.wandb.mode=online needs an account: run `wandb login`, set WANDB_API_KEY, or take "
+                "logger.wandb.mode=offline."
+            )
         self.project, self.entity, self.group = project, entity, group
         self.offline = mode == "offline"
         self.folder = Path(folder)

@@ -2,14 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor
 
-from dictlearn.training.callbacks import RandomState, periodic_checkpoint
+from dictlearn.training.callbacks import LastCheckpoint, RandomState, periodic_checkpoint
 from dictlearn.training.module import DictionaryTraining, Member
 from dictlearn.types import DictlearnError
 from tests.training.planted import D, PlantedStream, member
@@ -114,10 +114,31 @@ def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path: Path)
                 next(pl_module.parameters()).data.fill_(math.nan)
 
     with pytest.raises(
-        DictlearnError, match="by step 32: weights of x not finite\\. The loss of x is not finite since step 31\\."
+        DictlearnError,
+        match=r"by step 32: .*weights of x.* not finite\. The loss of x is not finite since step 31\.",
     ):
         fit([member()], 80, [Poison(), periodic_checkpoint(tmp_path, 80)])
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000024.ckpt"]
+
+
+def test_a_loss_that_was_not_finite_does_not_replace_a_checkpoint(tmp_path: Path) -> None:
+    """Also where the weights are finite again, as clipping to a norm of infinity leaves them."""
+
+    class Poison(L.Callback):
+        def on_train_batch_start(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 30:
+                cast(DictionaryTraining, pl_module).members[0].learner.statistics.sums[0] = math.inf
+
+    with pytest.raises(DictlearnError, match="by step 32: loss of x not finite"):
+        fit([member()], 80, [Poison(), periodic_checkpoint(tmp_path, 80)])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000024.ckpt"]
+
+
+def test_the_last_step_is_saved(tmp_path: Path) -> None:
+    fit([member()], 83, [LastCheckpoint(tmp_path), periodic_checkpoint(tmp_path, 83)])
+    assert "step-00000083.ckpt" in [path.name for path in tmp_path.iterdir()]
 
 
 # -- the reference: dense, written from the papers, sharing nothing with the package but the data and the start --

@@ -28,5 +28,5 @@ def test_the_shortest_runs_learn(n_steps: int) -> None:
 
 
 def test_wrong_values_are_refused() -> None:
-    with pytest.raises(DictlearnError, match=r"decay in \[0, 1\], got 5 and 1.2"):
+    with pytest.raises(DictlearnError, match=r"schedule.decay must be a number in \[0, 1\], got 1.2"):
         WarmupDecay(5, 1.2)
