@@ -157,6 +157,45 @@ def test_what_does_not_work_is_said_before_the_lm_loads(
     assert wrong.startswith("device must")
 
 
+def test_blocks_and_keys_that_cannot_be_used_are_refused_before_anything_runs(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_main, "load_lm", lambda *_: pytest.fail("the LM was loaded"))
+    given = (f"load={run_dir}/dictionaries/attn_out.2", f"out={tmp_path / 'x'}")
+    for block in ("+evaluation.blocks.behaviour.foo=1", "evaluation.blocks.behaviour=null"):
+        assert "  - evaluation.blocks.behaviour: " in refused(*given, block)
+        assert "None" not in refused(*given, block).replace("got None", "")
+    both = refused("load=5", "out=5", "evaluation.blocks.behaviour=null")
+    assert "load must" in both
+    assert "evaluation.blocks.behaviour: " in both
+    assert "evaluation.n_tokens must be a whole number" in refused(*given, "~evaluation.n_tokens", "n_tokens=1000")
+    assert "evaluation.batch_rows must be a whole number" in refused(*given, "~evaluation.batch_rows")
+    assert "evaluation must be a choice of conf/evaluation, got None" in refused(*given, "~evaluation")
+
+
+def test_one_text_shuffled_in_two_ways_is_one_text(run_dir: Path, tmp_path: Path) -> None:
+    source = run_dir / "dictionaries" / "attn_out.2"
+    recorded = json.loads((source / "cfg.json").read_text())["metadata"]["dictlearn"]["metadata"]["data"]
+    for key in evaluation_main.OF_TRAINING:
+        assert key in recorded
+    shuffle = {key: recorded[key] + 1 for key in evaluation_main.OF_TRAINING}
+    copy = changed(source, tmp_path / "copy", {"data": recorded | shuffle}, {})
+    results = run_evaluate(f"load=[{source},{copy}]", f"out={tmp_path / 'out'}", *SMALL)
+    assert len(results.reports) == 2
+    for name, key, value in (("ctx", "ctx", 64), ("ratio", "max_norm_ratio", 3.0), ("seed", "seed", 9)):
+        other = changed(source, tmp_path / name, {"data": recorded | shuffle | {key: value}}, {})
+        text = refused(f"load=[{source},{other}]", f"out={tmp_path / 'x'}")
+        assert f"text: {key} is {recorded[key]} (attn_out.2), {value} ({name}): give data=..." in text
+        assert "block_rows" not in text
+    silent = changed(source, tmp_path / "silent", {"data": None, "lm_name": None}, {})
+    text = refused(f"load=[{source},{silent}]", f"out={tmp_path / 'x'}")
+    assert "silent does not record its text: give data=..." in text
+    assert "silent does not record its LM: give lm=..." in text
+    lm = changed(source, tmp_path / "lm", {"lm_name": "gpt2"}, {})
+    text = refused(f"load=[{source},{lm}]", f"out={tmp_path / 'x'}")
+    assert "LM: lm_name is 'embedded' (attn_out.2), 'gpt2' (lm): give lm=..." in text
+
+
 def test_all_that_is_wrong_is_one_list(run_dir: Path, tmp_path: Path) -> None:
     source = run_dir / "dictionaries" / "resid_post.2"
     sites = changed(source, tmp_path / "sites", {}, {"reads": ["resid_post.9"], "writes": ["resid_post.9"]})

@@ -121,15 +121,16 @@ class EvaluationContext:
             if not masks[key].any():
                 raise DictlearnError(
                     f"No token is left for {name!r}: at one of {', '.join(key)} the norm of every one is above "
-                    f"{self.max_norm_ratio} x the median. Use a larger max_norm_ratio."
+                    f"{self.max_norm_ratio} x the median, or not a number. Use a larger max_norm_ratio."
                 )
         return masks
 
     def _norm_limit(self, site: str) -> Bool[Tensor, "n_rows ctx"]:
         """Where the norm at `site` is at most `max_norm_ratio` x the median; a norm that is NaN is not."""
-        norms = self.norms[site]
         assert self.max_norm_ratio is not None
-        return norms <= self.max_norm_ratio * float(np.nanmedian(norms[self.mask].numpy()))
+        norms = self.norms[site]
+        numbers = norms[self.mask & ~norms.isnan()].numpy()
+        return norms <= self.max_norm_ratio * float(np.median(numbers)) if len(numbers) else norms.isfinite()
 
     @torch.inference_mode()
     def _measure_norms(self) -> None:

@@ -26,6 +26,7 @@ from dictlearn.lm.sites import site_width
 from dictlearn.types import DictlearnError
 
 TEXTS: dict[str, type[TextData]] = {"EmbeddedText": EmbeddedText, "HubText": HubText, "LocalText": LocalText}
+OF_TRAINING = ("block_rows", "n_slices", "lm_batch_rows")  # how a text is shuffled: the held-out rows are the same
 
 
 class _Plan(NamedTuple):
@@ -79,6 +80,8 @@ def problems(cfg: DictConfig) -> list[str]:
 
 def _plan(cfg: DictConfig) -> _Plan:
     """Raises ConfigError with everything that is wrong."""
+    if not isinstance(cfg.get("evaluation"), DictConfig):
+        raise ConfigError([f"evaluation must be a choice of conf/evaluation, got {cfg.get('evaluation')!r}"])
     found = _value_problems(cfg)
     if absent := missing(cfg):
         raise ConfigError(absent + found)
@@ -105,7 +108,7 @@ def _value_problems(cfg: DictConfig) -> list[str]:
     problems = [problem for problem in checks if problem]
     if cfg.device is not None:
         collect(problems, lambda: find_device(cfg.device))
-    if cfg.n_tokens is not None:
+    if cfg.n_tokens is not None and "n_tokens" in cfg.evaluation:
         cfg.evaluation.n_tokens = cfg.n_tokens
     return problems + evaluation_problems(cfg.evaluation)
 
@@ -164,31 +167,51 @@ def _one(folder: Path) -> Dictionary:
     return dictionary
 
 
-def _recorded(dictionaries: Mapping[str, Dictionary], key: str, ask: str) -> Any:
-    """What all dictionaries recorded under `key`."""
-    values = {name: d.metadata.get(key) for name, d in dictionaries.items()}
-    distinct = [value for i, value in enumerate(values.values()) if value not in list(values.values())[:i]]
-    if len(distinct) != 1 or distinct[0] is None:
-        raise DictlearnError(f"The dictionaries do not record one common {key} ({values}): give {ask}.")
-    return distinct[0]
+def _differing(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """What differs between the records of dictionaries: "ctx is 128 (a, b), 64 (c)"."""
+    found = []
+    for key in sorted({key for record in records.values() for key in record}):
+        names: dict[str, list[str]] = {}
+        for name, record in records.items():
+            names.setdefault(repr(record.get(key)), []).append(name)
+        if len(names) > 1:
+            listed = [f"{value} ({', '.join(own)})" for value, own in names.items()]
+            found.append(f"{key} is {', '.join(listed)}")
+    return "; ".join(found)
+
+
+def _common(records: Mapping[str, Mapping[str, Any]], what: str, ask: str) -> dict[str, Any]:
+    """The record that all dictionaries have. Raises DictlearnError with what differs, or is not recorded."""
+    if absent := [name for name, record in records.items() if not record]:
+        raise DictlearnError(f"{', '.join(absent)} does not record its {what}: give {ask}.")
+    if differing := _differing(records):
+        raise DictlearnError(f"The dictionaries do not record one common {what}: {differing}: give {ask}.")
+    return dict(next(iter(records.values())))
 
 
 def _lm(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> tuple[str, str | None, str | None]:
     if cfg.get("lm") is not None:
         return cfg.lm.name, cfg.lm.revision, cfg.lm.dtype
-    name = _recorded(dictionaries, "lm_name", "lm=...")
-    revisions = {d.metadata.get("lm_revision") for d in dictionaries.values()}
-    if len(revisions) > 1:
-        raise DictlearnError(f"The dictionaries are of several revisions of {name}: {revisions}: give lm=...")
+    keys = ("lm_name", "lm_revision")
+    records = {
+        name: {key: d.metadata.get(key) for key in keys} if d.metadata.get("lm_name") else {}
+        for name, d in dictionaries.items()
+    }
+    lm = _common(records, "LM", "lm=...")
     dtypes = {d.metadata.get("lm_dtype") for d in dictionaries.values()}
-    return name, revisions.pop(), dtypes.pop() if len(dtypes) == 1 else None
+    return lm["lm_name"], lm["lm_revision"], dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> TextData:
     """The text of `cfg.data`, or the recorded one: a known class and its plain values, never a free `_target_`."""
     if cfg.get("data") is not None:
         return build(cfg.data)
-    recorded = dict(_recorded(dictionaries, "data", "data=..."))
+    records = {}
+    for name, d in dictionaries.items():
+        record = d.metadata.get("data")
+        own = record if isinstance(record, Mapping) else {}
+        records[name] = {key: value for key, value in own.items() if key not in OF_TRAINING}
+    recorded = _common(records, "text", "data=...")
     kind = recorded.pop("kind", None)
     if kind not in TEXTS:
         raise DictlearnError(f"The recorded text must be one of {', '.join(TEXTS)}, got {kind!r}: give data=....")

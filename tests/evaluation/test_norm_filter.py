@@ -195,6 +195,7 @@ def test_poisoned_tokens_move_nothing(
             assert got[name][block] == expected[name][block]
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_ratio_that_leaves_nothing_is_refused(lm: LM, tokens: Tensor) -> None:
     for ratio in (1.0, 0.0, -3.0, math.nan):
         with pytest.raises(DictlearnError, match="max_norm_ratio must be null or above 1"):

@@ -285,3 +285,29 @@ def test_table(context: EvaluationContext, out_dir: Path) -> None:
 def test_every_column_of_the_table_is_in_the_report(context: EvaluationContext, out_dir: Path) -> None:
     table = report_table(evaluate(context, blocks(), dirs(context, out_dir)).reports)
     assert "-" not in [cell for column in table.columns for cell in column.cells]
+
+
+def test_the_table_says_what_is_measured_on_which_tokens(context: EvaluationContext, out_dir: Path) -> None:
+    reports = evaluate(context, blocks(), dirs(context, out_dir)).reports
+    n_counted, behaviour = reports["a"]["data"]["n_counted"], reports["a"]["behaviour"]
+    assert behaviour["n_tokens"] < n_counted
+    expected = f"{n_counted} held-out tokens; CE and KL of {behaviour['n_tokens']} predictions in the first rows"
+    assert report_table(reports).title == f"{expected}, clean CE {behaviour['ce_clean']:.4f} nats"
+    reports["t"]["data"]["n_counted"] = 12_345
+    assert str(report_table(reports).title).startswith(f"{n_counted} to 12,345 held-out tokens; CE")
+    del reports["a"]["behaviour"], reports["t"]["behaviour"]
+    assert report_table(reports).title == f"{n_counted} to 12,345 held-out tokens"
+
+
+def test_recovered_shares_outside_0_and_1_are_marked(context: EvaluationContext, out_dir: Path) -> None:
+    reports = evaluate(context, blocks(), dirs(context, out_dir)).reports
+    for inside in (0.0, 0.5, 1.0):
+        for report in reports.values():
+            report["behaviour"] |= {"ce_recovered_zero": inside, "ce_recovered_mean": inside, "kl_rec": 3.0}
+        assert report_table(reports).caption is None
+    reports["t"]["behaviour"] |= {"ce_recovered_zero": -21.5, "ce_recovered_mean": 1.25}
+    table = report_table(reports)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["CE rec.\n(zero)"] == ["1.0000", "-21.5000!"]
+    assert cells["CE rec.\n(mean)"] == ["1.0000", "1.2500!"]
+    assert str(table.caption).startswith("! outside [0, 1]")
