@@ -48,7 +48,7 @@ class Stream(ABC, Generic[T]):
         self.batch_size, self.n_tokens, self.lm_batch_rows = batch_size, n_tokens, lm_batch_rows
         self.norm_filter = norm_filter
         self._position, self._resume = Position(), Position()
-        self._epoch = self._n_empty = 0
+        self._n_empty = self._n_counted = self._n_kept = 0
 
     @property
     @abstractmethod
@@ -66,6 +66,10 @@ class Stream(ABC, Generic[T]):
     @abstractmethod
     def _sizes(self) -> tuple[Any, ...]:
         """What beside the text, the seed and the norm filter decides the batches."""
+
+    @abstractmethod
+    def _n_epochs(self) -> float:
+        """Passes over the text that the stream takes, once the text has ended."""
 
     def __len__(self) -> int:
         return math.ceil(self.n_tokens / self.tokens_per_batch)
@@ -87,12 +91,16 @@ class Stream(ABC, Generic[T]):
         """One iterator at a time: a new one takes over."""
         start, self._resume = self._resume, Position()
         self._position = start
-        self._epoch = self._n_empty = 0
+        self._n_empty = self._n_counted = self._n_kept = 0
         self.prefetch()
         return self._batches(start)
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        """Entries `start` to `stop` of the row order; waits for the store and announces new epochs."""
+    def _rows(self, start: int, stop: int, *, first_use: bool = True) -> np.ndarray:
+        """Entries `start` to `stop` of the row order; waits for the store.
+
+        On their `first_use`, says when they begin another pass over the text. What is read ahead at the end, beyond
+        the passes that the stream takes, is not said.
+        """
         n_rows = self.store.wait(stop)
         if n_rows == stop:
             return np.arange(start, stop)
@@ -101,15 +109,19 @@ class Stream(ABC, Generic[T]):
                 f"{self.store.name} must fill at least one row of data.ctx = {self.store.ctx} tokens with text "
                 f"that counts, but has {n_rows} rows and no counted token"
             )
-        epoch = (stop - 1) // n_rows
-        if epoch > self._epoch:
-            self._epoch = epoch
+        n_epochs = self._n_epochs()
+        before = 1 + max(start - 1, 0) // n_rows  # epochs count from 1 for users
+        epoch = min(1 + (stop - 1) // n_rows, math.ceil(n_epochs))
+        if first_use and epoch > before:
             counts = f"{n_rows} rows, {self.store.n_counted} counted tokens"
-            log.warning("%s has ended (%s): epoch %d, in a new row order", self.store.name, counts, epoch)
+            message = "%s has ended (%s): epoch %d begins, in a new row order; the run takes %.2f epochs"
+            log.warning(message, self.store.name, counts, epoch, n_epochs)
         return schedule.row_order(self.seed, start, stop, n_rows)
 
-    def _count_empty(self, n_counted: int, n_kept: int) -> None:
-        """Raise DictlearnError when the filter has left nothing of MOST_EMPTY groups in a row: it never may."""
+    def _count(self, n_counted: int, n_kept: int) -> None:
+        """Of each group. Raises DictlearnError when the filter has left nothing of MOST_EMPTY groups in a row."""
+        self._n_counted += n_counted
+        self._n_kept += n_kept
         self._n_empty = self._n_empty + 1 if n_counted and not n_kept else 0
         if self._n_empty == MOST_EMPTY and self.norm_filter is not None:
             raise DictlearnError(

@@ -33,7 +33,7 @@ def permutation(seed: int, purpose: Literal["epoch", "block", "group"], index: i
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n_rows: int) -> np.ndarray:
-    """Rows in the order of one epoch, [n_rows]: as they are in epoch 0, else permuted by (seed, epoch)."""
+    """Rows in the order of one epoch, [n_rows]: as they are in the first, 0, else permuted by (seed, epoch)."""
     return np.arange(n_rows) if epoch == 0 else permutation(seed, "epoch", epoch, n_rows)
 
 

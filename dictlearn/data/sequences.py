@@ -59,6 +59,9 @@ class SequenceStream(Stream[Sequences]):
     def _sizes(self) -> tuple[Any, ...]:
         return ()
 
+    def _n_epochs(self) -> float:
+        return len(self) * self.n_rows / self.store.n_rows
+
     def _batches(self, start: Position) -> Iterator[Sequences]:
         group, _, n_batches = start
         while n_batches < len(self):
@@ -81,6 +84,6 @@ class SequenceStream(Stream[Sequences]):
         if self.norm_filter is not None:
             mask = mask & self.norm_filter.keep(acts).cpu()
         counted = np.flatnonzero(mask.numpy())
-        self._count_empty(n_counted, len(counted))
+        self._count(n_counted, len(counted))
         on_device = [to_device(values, device) for values in (tokens.numpy(), rows, mask.numpy(), counted)]
         return Sequences(acts, *on_device)

@@ -52,6 +52,10 @@ class ActivationStream(Stream[Batch]):
     def _sizes(self) -> tuple[Any, ...]:
         return self.block_rows, self.n_slices
 
+    def _n_epochs(self) -> float:
+        filtered = (self._n_counted + 1) / (self._n_kept + 1)  # from what has been read so far
+        return len(self) * self.batch_size / self.store.n_counted * filtered
+
     def _batches(self, start: Position) -> Iterator[Batch]:
         self._opened = None
         if self._pool is not None:
@@ -80,13 +84,13 @@ class ActivationStream(Stream[Batch]):
         if self._opened is None or self._opened[0] != group:
             pool = self._fill(group, first_slice=0)
             order = pool.order(self.seed, group)
-            self._count_empty(pool.n_alive(group), len(order))
+            self._count(pool.n_alive(group), len(order))
             self._opened = group, pool, order
         return self._opened[1:]
 
     def _fill(self, block: int, first_slice: int) -> Pool:
         """Run the LM on a block and keep its slices from `first_slice` on."""
-        rows = self._rows(block * self.block_rows, (block + 1) * self.block_rows)
+        rows = self._rows(block * self.block_rows, (block + 1) * self.block_rows, first_use=first_slice == 0)
         tokens = self.store.take(rows)  # [block_rows, ctx]
         counted = np.flatnonzero(self.store.mask(tokens).numpy())
         cut = schedule.slices(self.seed, block, counted, self.n_slices)

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dictlearn.data import (
     estimate_statistics,
 )
 from dictlearn.types import DictlearnError
-from tests.data.helpers import BOS, make_stream, same, unique_store
+from tests.data.helpers import BOS, bos_tokenizer, make_stream, same, unique_store
 
 BAD = {"huge": 1e6, "nan": float("nan"), "inf": float("inf")}
 
@@ -196,7 +197,9 @@ def test_data_filters_what_the_text_says(store, monkeypatch):
 
     for kind in ("shuffled", "sequences"):
         data = ActivationData.__new__(ActivationData)
-        for key, value in {"text": Text(), "batch_size": 24, "n_tokens": 300, "seed": 0, "stream": kind}.items():
+        lm = SimpleNamespace(tokenizer=bos_tokenizer())
+        sizes = {"batch_size": 24, "n_tokens": 300, "seed": 0}
+        for key, value in {"text": Text(), "lm": lm, "stream": kind, **sizes}.items():
             setattr(data, key, value)
         data.store = store
         monkeypatch.setattr(ActivationData, "read", lambda _, tokens: planted(tokens, 1e6))

@@ -128,6 +128,32 @@ def test_heldout_rows(local, caplog):
     assert everything.tokens[: len(rows.tokens)].equal(rows.tokens)
 
 
+@pytest.mark.parametrize(("n_unknown", "warned"), [(0, None), (1, None), (3, "3 %"), (67, "67 %")])
+def test_tokens_that_the_tokenizer_does_not_know(local, caplog, n_unknown, warned):
+    """Of 100 words of a document; the tokenizer knows 403 tokens. Its <unk> counts."""
+    documents = [" ".join([f"w{i}"] * (100 - n_unknown) + ["strange"] * n_unknown) for i in range(40)]
+    text = local(documents, ctx=101)
+    rows = text.heldout(word_tokenizer(bos_token="<bos>"), 700)
+    assert int(((rows.tokens == 2) & rows.mask).sum()) == 7 * n_unknown
+    if warned is None:
+        assert not caplog.records
+    else:
+        (record,) = caplog.records
+        place = f"{text.path} (heldout)"
+        expected = (
+            f"{warned} of the first 700 tokens of {place} are unknown to the LM's tokenizer, which knows 403,"
+        )
+        assert expected in record.getMessage()
+
+
+def test_an_unknown_token_that_is_a_special_one_is_not_warned_of(local, caplog):
+    """As GPT-2's, which is its BOS and EOS."""
+    documents = [" ".join([f"w{i}"] * 50 + ["strange"] * 50) for i in range(40)]
+    rows = local(documents).heldout(word_tokenizer(eos_token="<unk>"), 100)
+    assert not rows.mask[rows.tokens == 2].any()
+    assert not caplog.records
+
+
 def test_no_heldout_row_is_an_error(local):
     with pytest.raises(DictlearnError, match=r"at least one row of data.ctx = 16 tokens"):
         local(["w1 w2 w3"] * 100).heldout(bos_tokenizer(), 10)
