@@ -278,7 +278,10 @@ def add_files(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def check_as_written(command: Command) -> None:
     """Keys and choices exist, and Hydra can compose the command as it stands in the page."""
     with initialize_config_dir(str(Path("conf").absolute()), version_base="1.3"):
-        problems, _ = check(Path("conf").absolute(), command.script.removesuffix(".py"), command.overrides)
+        multirun = any(word in MULTIRUN for word in command.words)
+        problems, _ = check(
+            Path("conf").absolute(), command.script.removesuffix(".py"), command.overrides, multirun
+        )
         assert not problems
         single = [o for o in command.overrides if not re.search(r"=[^\[{'\"]*,", o)]  # without values to sweep
         compose(command.script.removesuffix(".py"), single, return_hydra_config=True)
