@@ -9,6 +9,8 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from dictlearn.types import DictlearnError
+
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -19,7 +21,11 @@ def main(cfg: DictConfig) -> None:
     with console.status("Starting"):
         from dictlearn.evaluation.main import run_evaluation
 
-    if run_evaluation(cfg, console).errors:
+    try:
+        results = run_evaluation(cfg, console)
+    except DictlearnError as error:
+        sys.exit(str(error))
+    if results.errors:
         sys.exit(1)
 
 

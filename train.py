@@ -30,9 +30,10 @@ def main(cfg: DictConfig) -> float:
     except Stopped as error:
         sys.exit(str(error))  # the jobs after it do not start
     except DictlearnError as error:
-        if job is not None:
-            console.print(f"Job {job} failed: {error}", markup=False, soft_wrap=True)
-        raise
+        if job is None:
+            sys.exit(str(error))
+        console.print(f"Job {job} failed: {error}", markup=False, soft_wrap=True)
+        raise  # the other jobs of the sweep still run
     if results.errors and job is not None:
         raise DictlearnError(f"Job {job}: {'; '.join(results.errors)}")
     if results.errors:

@@ -110,8 +110,8 @@ def _composed(name: str, overrides: list[str], problems: list[str]) -> DictConfi
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         problems.append(" ".join(str(error).split()))
         return None
-    except DictlearnError as error:
-        problems.append(str(error))
+    except ConfigError as error:
+        problems += error.problems
         return None
     return cfg
 
@@ -177,7 +177,7 @@ def _key_problem(conf: Path, known: DictConfig, override: Override) -> str | Non
     is_open = any(key.startswith(f"{node}.") for node in OPEN)
     if key in keys:
         if override.is_delete() and not is_open:
-            return f"{key} cannot be left out: that can only what stands in {', '.join(OPEN)}"
+            return f"{key} cannot be left out: only entries of {', '.join(OPEN)} can"
         added = override.is_add() and not isinstance(override.value(), dict | list)
         return f"+{key} adds a key, and there is one already: write {key}=..." if added else None
     parent, _, own = key.rpartition(".")
