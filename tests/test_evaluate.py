@@ -165,8 +165,9 @@ def test_blocks_and_keys_that_cannot_be_used_are_refused_before_anything_runs(
     for block in ("+evaluation.blocks.behaviour.foo=1", "evaluation.blocks.behaviour=null"):
         assert "  - evaluation.blocks.behaviour: " in refused(*given, block)
         assert "None" not in refused(*given, block).replace("got None", "")
-    both = refused("load=5", "out=5", "evaluation.blocks.behaviour=null")
+    both = refused("load=5", "out=5", "n_tokens=0", "evaluation.blocks.behaviour=null")
     assert "load must" in both
+    assert "n_tokens must" in both
     assert "evaluation.blocks.behaviour: " in both
     assert "evaluation.n_tokens must be a whole number" in refused(*given, "~evaluation.n_tokens", "n_tokens=1000")
     assert "evaluation.batch_rows must be a whole number" in refused(*given, "~evaluation.batch_rows")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dictlearn.config import is_count
 from dictlearn.evaluation.context import (
     EvaluationContext,
     MaskKey,
@@ -58,8 +59,8 @@ class Behaviour:
     """
 
     def __init__(self, n_tokens: int = 65_536) -> None:
-        if n_tokens < 1:
-            raise DictlearnError(f"behaviour needs n_tokens of at least 1, got {n_tokens}.")
+        if not is_count(n_tokens, 1):
+            raise DictlearnError(f"n_tokens must be a whole number of at least 1, got {n_tokens!r}.")
         self.n_tokens = n_tokens
 
     @torch.inference_mode()

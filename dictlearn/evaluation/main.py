@@ -87,7 +87,7 @@ def _plan(cfg: DictConfig) -> _Plan:
         raise ConfigError(absent + found)
     folders = None if _load_problem(cfg.load) else collect(found, lambda: _find(cfg.load))
     dictionaries = None if folders is None else collect(found, lambda: {n: _one(f) for n, f in folders.items()})
-    blocks = None if evaluation_problems(cfg.evaluation) else collect(found, lambda: build_blocks(cfg.evaluation))
+    blocks = collect(found, lambda: build_blocks(cfg.evaluation))
     if dictionaries is None:
         raise ConfigError(found)
     lm = collect(found, lambda: _lm(cfg, dictionaries))

@@ -36,7 +36,7 @@ def test_blocks_are_built_in_order_with_their_arguments() -> None:
         ("evaluation.blocks.behaviour=null", "must be a mapping with a _target_"),
         ("evaluation.blocks.behaviour=5", "must be a mapping with a _target_"),
         ("evaluation.blocks.behaviour='${nothing}'", "'nothing' not found"),
-        ("evaluation.blocks.behaviour.n_tokens=0", "n_tokens"),
+        *((f"evaluation.blocks.behaviour.n_tokens={n}", "n_tokens must") for n in (0, "true")),
     ],
 )
 def test_a_block_that_cannot_run_is_refused_by_its_name(override: str, words: str) -> None:
