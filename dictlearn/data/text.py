@@ -265,7 +265,7 @@ class LocalText(TextData):
             )
         if self.column != "text" and is_txt:
             raise DictlearnError(
-                f"data.column={self.column} is for .jsonl and .parquet files; {files[0]} is read as a whole"
+                f"data.column={self.column} is for .jsonl and .parquet files; {files[0]} has no columns"
             )
         return FileSource(files, self.column, self.document)
 
