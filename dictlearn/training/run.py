@@ -167,13 +167,14 @@ def _folder(cfg: DictConfig, checkpoint: Checkpoint | None, console: Console) ->
 
 def _make_absolute(cfg: DictConfig) -> None:
     """Local places in the configuration hold wherever the run is continued from."""
-    for key in ("lm.name", "data.path", "data.name", "init_from"):
+    for key in ("lm.name", "data.path", "data.name", "data.cache_dir", "init_from"):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if not isinstance(value, str) or (key == "lm.name" and value == "embedded"):
             continue
-        path = Path(value).expanduser()
-        if path.exists() or key == "data.path":
-            OmegaConf.update(cfg, key, str(path.absolute()))
+        with suppress(RuntimeError, OSError):  # an impossible path, which is said with the other problems
+            path = Path(value).expanduser()
+            if path.exists() or key in ("data.path", "data.cache_dir"):
+                OmegaConf.update(cfg, key, str(path.absolute()))
 
 
 def _quieten() -> None:
