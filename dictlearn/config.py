@@ -111,15 +111,8 @@ def dictionary_problems(cfg: DictConfig) -> list[str]:
 
 
 def evaluation_problems(evaluation: DictConfig) -> list[str]:
-    """What is wrong with conf/evaluation, one sentence each."""
-    if not isinstance(evaluation.get("blocks"), DictConfig):
-        return [f"evaluation.blocks must name its blocks, got {evaluation.get('blocks')!r}"]
+    """What is wrong with the plain values of conf/evaluation, one sentence each."""
     counts = {f"evaluation.{key}": evaluation.get(key) for key in ("n_tokens", "batch_rows")}
-    counts |= {
-        f"evaluation.blocks.{name}.n_tokens": block.n_tokens
-        for name, block in evaluation.blocks.items()
-        if isinstance(block, DictConfig) and "n_tokens" in block
-    }
     return [
         f"{key} must be a whole number of at least 1, got {value!r}{_whole(value)}"
         for key, value in counts.items()
