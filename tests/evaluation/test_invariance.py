@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -43,11 +44,12 @@ def numbers(lm: LM, tokens: Tensor, sae: Linear, **options: Any) -> tuple[dict[s
 def test_batch_size_and_order(
     lm: LM, tokens: Tensor, sae: Linear, batch_rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, expected_table = numbers(lm, tokens, sae)
+    exact = lm._replace(model=copy.deepcopy(lm.model).double())  # float32 products depend on their batch
+    expected, expected_table = numbers(exact, tokens, sae.double())
     monkeypatch.setattr(context_module, "CHUNK_ELEMENTS", chunk)
-    got, table = numbers(lm, tokens[torch.randperm(N_ROWS)], sae, batch_rows=batch_rows)
-    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
-    pd.testing.assert_frame_equal(table, expected_table, rtol=1e-5)
+    got, table = numbers(exact, tokens[torch.randperm(N_ROWS)], sae, batch_rows=batch_rows)
+    assert got == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True)
+    pd.testing.assert_frame_equal(table, expected_table, rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch_rows", [5, 12])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dictlearn.training.callbacks import LastCheckpoint, RandomState, periodic_checkpoint
+from dictlearn.training.callbacks import Environment, LastCheckpoint, RandomState, periodic_checkpoint
 from dictlearn.training.module import DictionaryTraining, Member
 from dictlearn.types import DictlearnError
 from tests.training.planted import D, PlantedStream, member
@@ -209,3 +209,12 @@ def test_fvu_is_that_of_an_independent_dense_reference() -> None:
     before, got, expected = (fvu_of(p, x, k) for p in (start, ours, reference))
     assert expected < 0.5 * before
     assert got == pytest.approx(expected, rel=0.02)
+
+
+def test_another_environment_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    state = Environment().state_dict()
+    Environment().load_state_dict(state)
+    assert not caplog.records
+    Environment().load_state_dict({**state, "threads": 77, "torch": "1.0"})
+    assert "results may differ in the last bits: torch 1.0 -> " in caplog.text
+    assert "threads 77 -> " in caplog.text
