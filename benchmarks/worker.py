@@ -1,7 +1,8 @@
 """One contender of a benchmark in a process of its own: `python benchmarks/worker.py NAME`, driven over a pipe.
 
-Reads a JSON line with the specification, builds the contender's step and says "ready" (or why there is none). Then,
-for every line with a number, it makes that many steps and answers with their seconds. Needs torch and the contender's own package alone.
+Reads a JSON line with the specification, builds the contender's step and says "ready", or why there is none. Then
+it makes as many steps as each further line says, and answers with their seconds. Needs torch and the contender's
+package alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ N_BATCHES = 4
 
 
 def planted(spec: dict[str, Any], seed: int = 0) -> list[torch.Tensor]:
-    """Batches with a sparse structure: 2 d directions, 16 of them active in each token, and noise; unit variance."""
+    """Batches with a sparse structure: 2 d directions, 16 of them in each token, and noise; unit variance."""
     generator = torch.Generator().manual_seed(seed)
     d, n = spec["d"], spec["batch_size"]
     directions = torch.nn.functional.normalize(torch.randn(2 * d, d, generator=generator), dim=-1)

@@ -37,6 +37,7 @@ def enter(
     `further(cfg, overrides, job)` raises DictlearnError for what else is wrong with a run, or a job of a sweep.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes errors on, to be shown here
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: tensors on the CPU in huge pages, a sixth faster
     try:
         refuse_mistakes(conf, name, sys.argv[1:], further)
         main()

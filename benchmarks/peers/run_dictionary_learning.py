@@ -13,7 +13,7 @@ from dictionary_learning.trainers.standard import StandardTrainer
 from dictionary_learning.trainers.top_k import TopKTrainer
 
 
-def make_step(spec: dict[str, Any], x: torch.Tensor) -> Callable[[torch.Tensor], object]:
+def make_step(spec: dict[str, Any], _: torch.Tensor) -> Callable[[torch.Tensor], object]:
     common: dict[str, Any] = {
         "steps": 10**6,
         "activation_dim": spec["d"],

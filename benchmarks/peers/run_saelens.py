@@ -14,7 +14,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 
-def make_step(spec: dict[str, Any], x: torch.Tensor) -> Callable[[torch.Tensor], object]:
+def make_step(spec: dict[str, Any], _: torch.Tensor) -> Callable[[torch.Tensor], object]:
     sizes = {
         "d_in": spec["d"],
         "d_sae": spec["n_latents"],
@@ -32,6 +32,7 @@ def make_step(spec: dict[str, Any], x: torch.Tensor) -> Callable[[torch.Tensor],
         total_training_samples=10**9,
         train_batch_size_samples=spec["batch_size"],
         device=spec["device"],
+        lr_end=3e-5,
         autocast=spec["precision"] == "mixed",
         logger=LoggingConfig(log_to_wandb=False),
     )

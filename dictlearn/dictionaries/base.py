@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dictlearn.kernels import LayerNormed, decode, layer_norm
+from dictlearn.kernels import LayerNormed, decode, layer_norm, row_products
 from dictlearn.losses.recon import recon_loss
 from dictlearn.registry import kind_of
 from dictlearn.sparsifiers import Sparsifier
@@ -232,7 +232,8 @@ class Dictionary(nn.Module, ABC):
         """Before clipping: drop the part of the decoder gradient that the projection would undo."""
         if self.decoder_norm == "unit" and self.W_dec.grad is not None:
             grad, rows = self.W_dec.grad.view_as(self.flat_W_dec), self.flat_W_dec
-            along = (grad * rows).sum(-1, keepdim=True)  # [n_latents, 1]
+            own_row = torch.arange(self.n_latents, device=grad.device).unsqueeze(-1)
+            along = row_products(grad, rows, own_row)  # [n_latents, 1]
             grad.addcmul_(along, rows, value=-1)
 
     @torch.no_grad()

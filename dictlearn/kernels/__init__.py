@@ -6,6 +6,8 @@ Per token a dense step costs 6 x 2 d n_latents FLOP and this one 2 d n_latents +
 
 from dictlearn.kernels.decode import decode
 from dictlearn.kernels.encode import encode_top_k
+from dictlearn.kernels.gather import row_products, scatter_outer
 from dictlearn.kernels.layer_norm import LayerNormed, layer_norm
+from dictlearn.kernels.select import top_columns
 
-__all__ = ["LayerNormed", "decode", "encode_top_k", "layer_norm"]
+__all__ = ["LayerNormed", "decode", "encode_top_k", "layer_norm", "row_products", "scatter_outer", "top_columns"]

@@ -9,9 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dictlearn.kernels.decode import decode
+from dictlearn.kernels.gather import row_products, scatter_outer
+from dictlearn.kernels.select import top_columns
 from dictlearn.types import SparseLatents
 
-CANDIDATE_ROWS = 1024  # rows per chunk of the exact evaluation; bounds its [rows, candidates, d_in] gather
+TILE_BYTES = 16 * 2**20  # of pre-activations in the proposing product: what stays in a processor's cache
 
 
 def encode_top_k(
@@ -23,7 +25,8 @@ def encode_top_k(
     """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact.
 
     Under autocast the product runs in the autocast type and only proposes k + max(8, k / 4) candidates; their
-    pre-activations are computed again in float32 and the k largest of those are kept.
+    pre-activations are computed again in float32 and the k largest of those are kept. Of equal ones among the
+    candidates the lower index is kept.
     """
     values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k)  # type: ignore[misc]
     offsets = torch.arange(0, indices.numel() + 1, k, device=x.device)
@@ -43,7 +46,7 @@ class _EncodeTopK(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, W_enc, values, indices = ctx.saved_tensors
         grad = torch.where(values > 0, grads[0], 0.0)  # [n_tokens, k]
-        grad_W = _scatter_outer(grad, indices, x, W_enc.shape[-1]).T
+        grad_W = scatter_outer(grad, indices, x, W_enc.shape[-1]).T
         grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices.flatten(), grad.flatten())
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -55,45 +58,22 @@ class _EncodeTopK(torch.autograd.Function):
 
 def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations of each row, evaluated in the type of `x`, and where they are."""
-    if not torch.is_autocast_enabled(x.device.type):
-        pre_acts = torch.addmm(b_enc, x, W_enc)  # [n_tokens, n_latents]
-        values, indices = pre_acts.topk(k, dim=-1, sorted=False)
-        return values, indices
     n_candidates = min(k + max(8, k // 4), W_enc.shape[-1])
-    pre_acts = torch.addmm(b_enc, x, W_enc)  # autocast: [n_tokens, n_latents] in the lower precision
-    candidates = pre_acts.topk(n_candidates, dim=-1, sorted=False).indices
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        exact = _pre_acts_at(x, W_enc, b_enc, candidates)
-        values, best = exact.topk(k, dim=-1, sorted=False)
-    return values, candidates.gather(-1, best)
+        candidates = _propose(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), n_candidates)
+        candidates = candidates.sort(dim=-1).values  # so that a stable sort keeps the lower of two equal ones
+        exact = row_products(x, W_enc.T, candidates) + b_enc[candidates]
+        values, order = exact.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k].contiguous(), candidates.gather(-1, order[:, :k])
 
 
-def _pre_acts_at(
-    x: Float[Tensor, "n_tokens d_in"], W_enc: Tensor, b_enc: Tensor, indices: Int[Tensor, "n_tokens m"]
-) -> Float[Tensor, "n_tokens m"]:
-    """`x @ W_enc + b_enc` at the given latents only, in chunks of rows."""
-    parts = []
-    for rows, at in zip(x.split(CANDIDATE_ROWS), indices.split(CANDIDATE_ROWS), strict=True):
-        directions = W_enc.T[at]  # [rows, m, d_in]
-        parts.append(torch.bmm(directions, rows.unsqueeze(-1)).squeeze(-1) + b_enc[at])
-    return torch.cat(parts) if parts else x.new_empty(indices.shape)
-
-
-def _scatter_outer(
-    grad: Float[Tensor, "n_tokens k"],
-    indices: Int[Tensor, "n_tokens k"],
-    x: Float[Tensor, "n_tokens d_in"],
-    n_latents: int,
-) -> Float[Tensor, "n_latents d_in"]:
-    """`sum_t grad[t, j] x[t]` added to row `indices[t, j]`, without a `[n_tokens * k, d_in]` intermediate.
-
-    This is the weight gradient of an embedding bag whose bags are the tokens and whose output gradient is `x`.
-    """
-    n_tokens, k = indices.shape
-    flat = indices.flatten()
-    bag_of = torch.arange(n_tokens, device=x.device).repeat_interleave(k)
-    bag_size = torch.full((n_tokens,), k, device=x.device)
-    no_maxima = flat.new_empty(0)
-    return torch.ops.aten._embedding_bag_dense_backward(
-        x.contiguous(), flat, bag_of, bag_size, no_maxima, n_latents, False, 0, grad.flatten()
-    )
+def _propose(x: Tensor, W_enc: Tensor, b_enc: Tensor, m: int) -> Int[Tensor, "n_tokens m"]:
+    """Where the m largest pre-activations of each row are, in tiles of rows that share one buffer."""
+    n_rows = max(1, TILE_BYTES // (W_enc.shape[-1] * x.element_size()))
+    buffer = x.new_empty(min(n_rows, len(x)), W_enc.shape[-1])
+    found = []
+    for rows in x.split(n_rows):
+        pre_acts = torch.mm(rows, W_enc, out=buffer[: len(rows)]).add_(b_enc)
+        found.append(top_columns(pre_acts, m))
+    return torch.cat(found)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dictlearn.kernels import decode, encode_top_k
-from dictlearn.types import DictlearnError, Scalar, Step
+from dictlearn.types import DictlearnError, Latents, Scalar, Step
+
+DENSE_BELOW = 16  # dead latents per wanted one: fewer cost less as dense products than as sparse ones
 
 
 class AuxK:
@@ -40,11 +43,21 @@ class AuxK:
         dictionary = step.dictionary
         n_dead = len(step.dead)
         wanted = self.k or max(1, step.x.shape[-1] // 2)
-        W_enc = dictionary.flat_W_enc.T[step.dead].T  # [d_in, n_dead], latent-major
-        latents = encode_top_k(step.x, W_enc, dictionary.b_enc[step.dead], min(wanted, n_dead))
-        recon = decode(latents, dictionary.flat_W_dec[step.dead])
+        W_enc = dictionary.flat_W_enc.T.index_select(0, step.dead).T  # [d_in, n_dead], latent-major
+        b_enc, W_dec = dictionary.b_enc[step.dead], dictionary.flat_W_dec.index_select(0, step.dead)
+        k = min(wanted, n_dead)
+        if n_dead <= DENSE_BELOW * k:
+            latents: Latents = _dense_top_k(step.x @ W_enc + b_enc, k)  # [batch, n_dead]
+        else:
+            latents = encode_top_k(step.x, W_enc, b_enc, k)
+        recon = decode(latents, W_dec)
         residual = (step.target - step.recon).detach()
         return self.coefficient * min(n_dead / wanted, 1.0) * _fvu(residual, recon)
+
+
+def _dense_top_k(pre_acts: Float[Tensor, "batch n_dead"], k: int) -> Float[Tensor, "batch n_dead"]:
+    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, values.relu())
 
 
 def _fvu(target: Float[Tensor, "batch width"], recon: Float[Tensor, "batch width"]) -> Scalar:

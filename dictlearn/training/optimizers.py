@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+from torch import Tensor
 from torch.optim import Adam as TorchAdam
 
 from dictlearn.dictionaries import Dictionary
@@ -51,6 +52,30 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+class InMemoryOrder(TorchAdam):
+    """Torch's Adam on views in the order of memory: its fused step copies the gradients of transposed weights."""
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> bool:
+        lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs)
+        result = super()._init_group(group, *lists, max_exp_avg_sqs, state_steps)
+        for tensors in lists:
+            tensors[:] = [_in_memory_order(tensor) for tensor in tensors]
+        return bool(result)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    return tensor.permute(sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis)))
+
+
 def build_optimizer(members: Sequence[tuple[Dictionary, Adam]]) -> TorchAdam:
     """One optimizer over all dictionaries, each a parameter group with its own settings."""
     groups = [
@@ -62,4 +87,4 @@ def build_optimizer(members: Sequence[tuple[Dictionary, Adam]]) -> TorchAdam:
         }
         for dictionary, adam in members
     ]
-    return torch.optim.Adam(groups, fused=True)
+    return InMemoryOrder(groups, fused=True)

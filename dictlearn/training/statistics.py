@@ -66,8 +66,8 @@ class TrainingStatistics(nn.Module):
         self.is_finite &= loss.isfinite()
         self.n_finite += self.is_finite
         n_tokens = len(step.x)
-        error = (step.target - step.recon).square().sum(dtype=torch.float64)
-        sum_sq = step.target.square().sum(dtype=torch.float64)
+        error = (step.target - step.recon).square().sum(-1).sum(dtype=torch.float64)
+        sum_sq = step.target.square().sum(-1).sum(dtype=torch.float64)
         self.sums += torch.stack([loss.double() * n_tokens, error.new_full((), n_tokens), error, sum_sq])
         self.target_sum += step.target.sum(0, dtype=torch.float64)
 

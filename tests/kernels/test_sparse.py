@@ -1,10 +1,17 @@
 """Compact operations against dense ones in float64, gradients included."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dictlearn.dictionaries.linear import Linear
 from dictlearn.kernels import decode, encode_top_k
+from dictlearn.kernels import encode as encode_module
+from dictlearn.losses.aux_k import AuxK
+from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import SparseLatents
 
 
@@ -79,7 +86,7 @@ def test_empty_batch() -> None:
 
 def test_autocast_proposes_and_float32_decides() -> None:
     torch.manual_seed(3)
-    n_tokens = 2_500  # more than two chunks of the exact evaluation
+    n_tokens = 2_500
     x, W_enc, b_enc = torch.randn(n_tokens, 64), torch.randn(1024, 64).T / 8, torch.randn(1024)
     exact = encode_top_k(x, W_enc, b_enc, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -91,6 +98,62 @@ def test_autocast_proposes_and_float32_decides() -> None:
     assert same.float().mean() >= 0.999
     assert (plain == sets).all(-1).float().mean() < 0.95  # so the second look is what decides
     torch.testing.assert_close(fast.to_dense()[same], exact.to_dense()[same])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_of_equal_pre_activations_the_lower_index_is_kept(autocast: bool) -> None:
+    W_enc = torch.zeros(40, 3).T
+    b_enc = torch.tensor([1.0, 3.0] * 20)  # twenty latents share the largest value
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        sparse = encode_top_k(torch.randn(9, 3), W_enc, b_enc, 18)
+    assert (sparse.indices.view(9, 18) == torch.arange(1, 36, 2)).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rows_are_independent_of_the_tile_that_they_are_in(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W_enc, b_enc = torch.randn(70, 24), torch.randn(256, 24).T, torch.randn(256)
+    found = []
+    for rows in (1, 7, 70, 1000):
+        monkeypatch.setattr(encode_module, "TILE_BYTES", rows * 256 * (2 if autocast else 4))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found.append(encode_top_k(x, W_enc, b_enc, 9))
+    for other in found[1:]:
+        assert torch.equal(other.indices, found[0].indices)
+        torch.testing.assert_close(other.values, found[0].values)
+
+
+class Allocations(TorchDispatchMode):
+    """Storages of at least `n_bytes` that operations have made."""
+
+    def __init__(self, n_bytes: int) -> None:
+        super().__init__()
+        self.n_bytes = n_bytes
+        self.found: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= self.n_bytes:
+                self.found.setdefault(value.untyped_storage().data_ptr(), (str(func), tuple(value.shape)))
+                self.kept.append(value)  # or its address is used again
+        return out
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_makes_one_tensor_of_batch_times_latents(autocast: bool) -> None:
+    """The pre-activations; everything else is compact, forward and backward, with AuxK on a few dead latents."""
+    n_tokens, d, n_latents = 256, 8, 512
+    sae = Linear(d, d, n_latents, TopK(k=4))
+    sae.initialise_(torch.Generator().manual_seed(0), torch.zeros(1, d), torch.zeros(1, d))
+    x = torch.randn(n_tokens, d)
+    wide = n_tokens * n_latents * (2 if autocast else 4)
+    with Allocations(wide) as allocations, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        step = sae.step(x, x, torch.ones(1), torch.arange(20))
+        aux = AuxK(k=4)(step)
+        assert aux is not None
+        (sae.losses(step)["recon"] + aux).backward()
+    assert len(allocations.found) == 1, allocations.found
 
 
 def test_sparse_latents_round_trip() -> None:

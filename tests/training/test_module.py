@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dictlearn.training.callbacks import Environment, LastCheckpoint, RandomState, periodic_checkpoint
 from dictlearn.training.module import DictionaryTraining, Member
+from dictlearn.training.optimizers import InMemoryOrder
 from dictlearn.types import DictlearnError
 from tests.training.planted import D, PlantedStream, member
 
@@ -218,3 +219,28 @@ def test_another_environment_is_warned_of(caplog: pytest.LogCaptureFixture) -> N
     Environment().load_state_dict({**state, "threads": 77, "torch": "1.0"})
     assert "results may differ in the last bits: torch 1.0 -> " in caplog.text
     assert "threads 77 -> " in caplog.text
+
+
+def test_the_optimizer_is_adam_for_weights_in_any_order_of_memory() -> None:
+    start, grads = torch.randn(5, 6, 7), [torch.randn(5, 6, 7) for _ in range(4)]
+    orders = ((0, 1, 2), (1, 2, 0), (2, 1, 0))
+    found = []
+    for order in orders:
+        back = [order.index(axis) for axis in range(3)]
+
+        def laid_out(value: Tensor, order: tuple[int, ...] = order, back: list[int] = back) -> Tensor:
+            return value.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+        weight = torch.nn.Parameter(laid_out(start))
+        optimizer = InMemoryOrder([weight], lr=0.1, fused=True)
+        for grad in grads:
+            weight.grad = laid_out(grad)
+            optimizer.step()
+        found.append(weight.detach())
+    reference = torch.nn.Parameter(start.clone())
+    plain = torch.optim.Adam([reference], lr=0.1)
+    for grad in grads:
+        reference.grad = grad
+        plain.step()
+    for weight in found:
+        torch.testing.assert_close(weight, reference.detach())
