@@ -61,19 +61,25 @@ def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Te
     n_candidates = min(k + max(8, k // 4), W_enc.shape[-1])
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        candidates = _propose(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), n_candidates)
-        candidates = candidates.sort(dim=-1).values  # so that a stable sort keeps the lower of two equal ones
-        exact = row_products(x, W_enc.T, candidates) + b_enc[candidates]
+        exact, candidates = _propose(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), n_candidates)
+        if dtype != x.dtype:
+            exact = row_products(x, W_enc.T, candidates) + b_enc[candidates]
         values, order = exact.sort(dim=-1, descending=True, stable=True)
     return values[:, :k].contiguous(), candidates.gather(-1, order[:, :k])
 
 
-def _propose(x: Tensor, W_enc: Tensor, b_enc: Tensor, m: int) -> Int[Tensor, "n_tokens m"]:
-    """Where the m largest pre-activations of each row are, in tiles of rows that share one buffer."""
+def _propose(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, m: int
+) -> tuple[Float[Tensor, "n_tokens m"], Int[Tensor, "n_tokens m"]]:
+    """The m largest pre-activations of each row and where they are, in tiles of rows that share one buffer.
+
+    Ascending by index, so that a stable sort by value keeps the lower of two equal ones.
+    """
     n_rows = max(1, TILE_BYTES // (W_enc.shape[-1] * x.element_size()))
     buffer = x.new_empty(min(n_rows, len(x)), W_enc.shape[-1])
-    found = []
+    values, indices = [], []
     for rows in x.split(n_rows):
         pre_acts = torch.mm(rows, W_enc, out=buffer[: len(rows)]).add_(b_enc)
-        found.append(top_columns(pre_acts, m))
-    return torch.cat(found)
+        indices.append(top_columns(pre_acts, m).sort(dim=-1).values)
+        values.append(pre_acts.gather(1, indices[-1]))
+    return torch.cat(values), torch.cat(indices)
