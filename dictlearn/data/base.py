@@ -81,11 +81,11 @@ class Stream(ABC, Generic[T]):
         """Raises DictlearnError when the state is of another text, seed or schedule."""
         if (state["seed"], state["fingerprint"]) != (self.seed, self._fingerprint()):
             raise DictlearnError(
-                "A stream continues with the text, tokenizer, seed, batch size, kind of stream and data.ctx, "
-                "data.block_rows, data.n_slices, data.lm_batch_rows, data.max_norm_ratio that it began with, and "
-                "at least one of them has changed"
+                "A stream continues with the text, tokenizer, seed, batch size, n_tokens, kind of stream and "
+                "data.ctx, data.block_rows, data.n_slices, data.lm_batch_rows, data.max_norm_ratio that it began "
+                "with, and at least one of them has changed"
             )
-        self._position = self._resume = Position(state["group"], state["offset"], state["batch"])
+        self._position = self._resume = Position(*(state[field] for field in Position._fields))
 
     def __iter__(self) -> Iterator[T]:
         """One iterator at a time: a new one takes over."""
@@ -98,8 +98,8 @@ class Stream(ABC, Generic[T]):
     def _rows(self, start: int, stop: int, *, first_use: bool = True) -> np.ndarray:
         """Entries `start` to `stop` of the row order; waits for the store.
 
-        On their `first_use`, says when they begin another pass over the text. What is read ahead at the end, beyond
-        the passes that the stream takes, is not said.
+        On their `first_use`, says when they begin another pass over the text; not of rows of the last block that
+        are beyond the passes that the stream takes.
         """
         n_rows = self.store.wait(stop)
         if n_rows == stop:
@@ -132,7 +132,8 @@ class Stream(ABC, Generic[T]):
 
     def _fingerprint(self) -> str:
         ratio = None if self.norm_filter is None else float(self.norm_filter.ratio)
-        parts = (type(self).__name__, self.store.fingerprint, self.batch_size, self.lm_batch_rows, ratio)
+        own = (self.store.fingerprint, self.batch_size, len(self), self.lm_batch_rows, ratio)
+        parts = (type(self).__name__, *own)
         return blake2b(repr(parts + self._sizes()).encode(), digest_size=16).hexdigest()
 
 

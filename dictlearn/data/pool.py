@@ -78,14 +78,21 @@ class Pool:
 
     def order(self, seed: int, group: int) -> Tensor:
         """The places of a group's activations that are kept, in the order in which they are used, [n]."""
-        slots = [self.alive[group - r, r] for r in self._slices(group)]
-        first_to_last = [slot * self.slot_size + np.arange(size) for slot, size in slots]
+        first_to_last = [slot * self.slot_size + np.arange(size) for slot, size in self._slots(group)]
         order = to_device(schedule.group_order(seed, group, first_to_last), self.origin.device)
         return order if self.norm_filter is None else order[self.kept[order]]
 
     def n_alive(self, group: int) -> int:
         """Places of a group, kept or not."""
-        return sum(self.alive[group - r, r][1] for r in self._slices(group))
+        return sum(size for _, size in self._slots(group))
+
+    def n_kept(self, block: int) -> int:
+        """Activations of a whole block that are kept; waits for the device where there is a norm filter."""
+        slots = [self.alive[block, index] for index in range(self.n_slices)]
+        if self.norm_filter is None:
+            return sum(size for _, size in slots)
+        starts = [(slot * self.slot_size, size) for slot, size in slots]
+        return int(torch.stack([self.kept[start : start + size].sum() for start, size in starts]).sum())
 
     def take(self, places: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Copies: site -> [n, d], and the origin, [n, 3]."""
@@ -96,8 +103,13 @@ class Pool:
         for r in self._slices(group):
             self._free(group - r, r)
 
-    def _slices(self, group: int) -> range:
-        return range(min(self.n_slices, group + 1))
+    def _slices(self, group: int) -> list[int]:
+        """The slices of a group that there are: at the ends of a run some of its blocks are not read."""
+        return [r for r in range(self.n_slices) if (group - r, r) in self.alive]
+
+    def _slots(self, group: int) -> list[tuple[int, int]]:
+        """(slot, size) of each slice of a group."""
+        return [self.alive[group - r, r] for r in self._slices(group)]
 
     def _free(self, block: int, index: int) -> None:
         slot, _ = self.alive.pop((block, index))

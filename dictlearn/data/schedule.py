@@ -4,7 +4,12 @@ Staggered slices. Rows are taken in an order that starts again, permuted anew, w
 consecutive entries of it are block b. The counted tokens of a block are permuted by (seed, b) and cut into
 `n_slices` slices; group g is slice r of block g - r, for r < n_slices, permuted by (seed, g). Batches are cut
 from consecutive groups. So every counted token of a row is used once each time the row comes; a batch mixes
-n_slices blocks; n_slices * (n_slices + 1) / 2 slices are alive; and a position is just (group, offset).
+n_slices blocks; n_slices * (n_slices + 1) / 2 slices are alive.
+
+The ends: block g is read, as group g opens, only while the blocks before it hold fewer activations (counted, and
+kept by a norm filter) than the run needs. So less than one block is read for nothing: the first n_slices - 1 groups
+have the blocks that there are, and the last ones the slices that are left. A position is (group, offset), and how
+much has been read.
 """
 
 from __future__ import annotations
@@ -18,11 +23,16 @@ _PURPOSES = {"epoch": 1, "block": 2, "group": 3}
 
 
 class Position(NamedTuple):
-    """The next activation to be used is number `offset` of group `group`; `batch` batches came before it."""
+    """The next activation to be used is number `offset` of group `group`; `batch` batches came before it.
+
+    `n_ready` activations (counted and kept) are those of the `n_blocks` blocks that have been read.
+    """
 
     group: int = 0
     offset: int = 0
     batch: int = 0
+    n_blocks: int = 0
+    n_ready: int = 0
 
 
 def permutation(seed: int, purpose: Literal["epoch", "block", "group"], index: int, n: int) -> np.ndarray:
@@ -56,8 +66,3 @@ def group_order(seed: int, group: int, slots: list[np.ndarray]) -> np.ndarray:
     """The pool entries of a group's slices, slice 0 first, in the order in which they are used."""
     entries = np.concatenate(slots)
     return entries[permutation(seed, "group", group, len(entries))]
-
-
-def n_blocks_ahead(n_slices: int) -> int:
-    """Blocks of activations that are computed and not used when a run ends, at most."""
-    return n_slices // 2 + 1

@@ -63,14 +63,14 @@ class SequenceStream(Stream[Sequences]):
         return len(self) * self.n_rows / self.store.n_rows
 
     def _batches(self, start: Position) -> Iterator[Sequences]:
-        group, _, n_batches = start
+        group, n_batches = start.group, start.batch
         while n_batches < len(self):
             batch = self._sequences(self._rows(group * self.n_rows, (group + 1) * self.n_rows))
             group += 1
             if len(batch.counted) == 0:
                 continue
             n_batches += 1
-            self._position = Position(group, 0, n_batches)
+            self._position = Position(group, batch=n_batches)
             yield batch
 
     @torch.no_grad()

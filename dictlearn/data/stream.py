@@ -29,8 +29,9 @@ class Batch(NamedTuple):
 class ActivationStream(Stream[Batch]):
     """Batches of exactly `batch_size` activations; see schedule.py for the order.
 
-    To continue, the LM runs again on at most `n_slices` blocks. With a norm filter an offset counts the kept
-    activations of its group; that costs one synchronisation per group.
+    The LM runs on the blocks that hold `len(self) * batch_size` activations and on no other. To continue, it runs
+    again on at most `n_slices` blocks. With a norm filter an offset counts the kept activations of its group; that
+    costs one wait for the device per group, without one there is none.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class ActivationStream(Stream[Batch]):
         self.block_rows, self.n_slices = block_rows, n_slices
         self._pool: Pool | None = None
         self._opened: tuple[int, Pool, Tensor] | None = None
+        self._n_blocks = self._n_ready = 0
 
     @property
     def tokens_per_batch(self) -> int:
         return self.batch_size
 
     def prefetch(self) -> None:
-        ahead = schedule.n_blocks_ahead(self.n_slices) * self.block_rows * self.store.ctx
-        self.store.prefetch(self.n_tokens + ahead)
+        self.store.prefetch(len(self) * self.batch_size + self.block_rows * self.store.ctx)
 
     def _sizes(self) -> tuple[Any, ...]:
         return self.block_rows, self.n_slices
@@ -60,9 +61,9 @@ class ActivationStream(Stream[Batch]):
         self._opened = None
         if self._pool is not None:
             self._pool.clear()
-        for block in range(max(0, start.group - self.n_slices + 1), start.group):
-            self._fill(block, first_slice=start.group - block)
-        group, offset, n_batches = start
+        group, offset, n_batches, self._n_blocks, self._n_ready = start
+        for block in range(max(0, group - self.n_slices + 1), self._n_blocks):
+            self._fill(block, first_slice=group - block, first_use=False)
         while n_batches < len(self):
             parts: list[tuple[dict[str, Tensor], Tensor]] = []  # one, or several where a group ends
             missing = self.batch_size
@@ -76,21 +77,25 @@ class ActivationStream(Stream[Batch]):
                     pool.free(group)
                     group, offset = group + 1, 0
             n_batches += 1
-            self._position = Position(group, offset, n_batches)
+            self._position = Position(group, offset, n_batches, self._n_blocks, self._n_ready)
             yield _batch(parts)
 
     def _open(self, group: int) -> tuple[Pool, Tensor]:
-        """The pool, with the group's newest block in it, and the places of the group in their order."""
+        """The pool, with the group's newest block in it if there is one, and the group's places in their order."""
         if self._opened is None or self._opened[0] != group:
-            pool = self._fill(group, first_slice=0)
+            if group == self._n_blocks and self._n_ready < len(self) * self.batch_size:
+                self._n_ready += self._fill(group, first_slice=0, first_use=True).n_kept(group)
+                self._n_blocks += 1
+            pool = self._pool
+            assert pool is not None
             order = pool.order(self.seed, group)
             self._count(pool.n_alive(group), len(order))
             self._opened = group, pool, order
         return self._opened[1:]
 
-    def _fill(self, block: int, first_slice: int) -> Pool:
+    def _fill(self, block: int, first_slice: int, *, first_use: bool) -> Pool:
         """Run the LM on a block and keep its slices from `first_slice` on."""
-        rows = self._rows(block * self.block_rows, (block + 1) * self.block_rows, first_use=first_slice == 0)
+        rows = self._rows(block * self.block_rows, (block + 1) * self.block_rows, first_use=first_use)
         tokens = self.store.take(rows)  # [block_rows, ctx]
         counted = np.flatnonzero(self.store.mask(tokens).numpy())
         cut = schedule.slices(self.seed, block, counted, self.n_slices)

@@ -51,13 +51,15 @@ def plan(cfg: DictConfig) -> Plan:
     found = entries(cfg, model)
     text: TextData = build(cfg.data)
     n_bytes = BYTES[lm_dtype(cfg)]
-    n_read = cfg.n_tokens * text.ctx / (text.ctx - 1) + (text.n_slices - 1) / 2 * text.block_rows * text.ctx
     dictionaries = [build_dictionary(entry, *_widths(model, entry), "meta") for entry in found]
     rows = max(1, cfg.batch_size // text.ctx)  # of a batch of sequences
     per_batch = cfg.batch_size if cfg.stream == "shuffled" else rows * (text.ctx - 1)
+    n_steps = math.ceil(cfg.n_tokens / per_batch)
+    at_once = text.block_rows if cfg.stream == "shuffled" else rows  # the last block is read whole
+    n_read = math.ceil(n_steps * per_batch / (text.ctx - 1) / at_once) * at_once * text.ctx
     n_parameters = sum(p.numel() for d in dictionaries for p in d.parameters())
     return Plan(
-        n_steps=math.ceil(cfg.n_tokens / per_batch),
+        n_steps=n_steps,
         tokens_per_step=per_batch,
         lm_memory=sum(p.numel() for p in model.parameters()) * n_bytes,
         pool_memory=_pool(text, cfg.stream, sum(_width(model, site) for site in sites_of(found)), n_bytes),

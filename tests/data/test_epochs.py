@@ -42,7 +42,7 @@ def sequences(store, n_tokens):
     [(300, []), (334, []), (380, [2]), (437, [2]), (690, [2]), (760, [2, 3]), (1_090, [2, 3, 4])],
 )
 def test_every_pass_that_the_run_takes_and_no_other(store, said, make, n_tokens, epochs):
-    """Although rows of one more are read ahead: of 1.25 passes, 17 of the 50 rows are."""
+    """Although the last block may begin another one."""
     stream = make(store, n_tokens)
     list(stream)
     assert said() == epochs
@@ -50,7 +50,7 @@ def test_every_pass_that_the_run_takes_and_no_other(store, said, make, n_tokens,
 
 
 def test_more_rows_are_read_than_are_announced(store, said):
-    stream = make_stream(store, n_tokens=690, n_slices=8)
+    stream = make_stream(store, n_tokens=690, block_rows=15)
     stream.read = read = Reader()
     list(stream)
     assert read.n_rows > 2 * N_ROWS, "into the third pass"

@@ -15,9 +15,10 @@ from dictlearn.data import (
     SequenceStream,
     estimate_norm_filter,
     estimate_statistics,
+    schedule,
 )
 from dictlearn.types import DictlearnError
-from tests.data.helpers import BOS, bos_tokenizer, make_stream, same, unique_store
+from tests.data.helpers import BOS, Reader, bos_tokenizer, make_stream, same, unique_store
 
 BAD = {"huge": 1e6, "nan": float("nan"), "inf": float("inf")}
 
@@ -62,7 +63,7 @@ def test_the_stream_is_the_clean_one_without_those_tokens(store, value, site):
     n_all = 700
     every = torch.cat([batch.tokens for batch in stream(store, clean, None, n_tokens=n_all)])
     expected = every[~is_outlier(every)][: len(every) // 7 * 5]
-    found = list(stream(store, partial(planted, value=value, site=site), LIMITS, n_tokens=len(expected)))
+    found = list(stream(store, partial(planted, value=value, site=site), LIMITS, n_tokens=len(expected) + 60))
     assert torch.cat([batch.tokens for batch in found])[: len(expected)].equal(expected)
     assert {len(batch.tokens) for batch in found} == {7}
     for batch in found:
@@ -99,6 +100,23 @@ def test_resume_at_every_batch(store, batch_size):
         resumed = stream(store, read, LIMITS, batch_size=batch_size)
         resumed.load_state_dict(json.loads(json.dumps(state)))
         assert all(same(one, other) for one, other in zip(resumed, batches[done:], strict=True))
+
+
+@pytest.mark.parametrize("n_tokens", [50, 266, 500])
+def test_less_than_one_block_is_read_for_nothing(store, n_tokens):
+    reader = Reader()
+
+    def read(tokens):
+        reader(tokens)
+        return planted(tokens, 1e6)
+
+    made = stream(store, read, LIMITS, n_tokens=n_tokens)
+    n_used = sum(len(batch.tokens) for batch in made)
+    rows = np.concatenate([np.arange(50), *(schedule.permutation(3, "epoch", e, 50) for e in (1, 2))])
+    tokens = store.take(rows)
+    n_kept = ((tokens != BOS) & ~is_outlier(tokens)).sum(1).cumsum(0)
+    n_rows = int((n_kept < n_used).sum()) + 1
+    assert n_rows <= reader.n_rows < n_rows + 4
 
 
 def test_a_filter_that_leaves_everything_changes_nothing(store):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dictlearn.data.schedule import group_order, n_blocks_ahead, permutation, row_order, slices
+from dictlearn.data.schedule import group_order, permutation, row_order, slices
 
 
 def test_permutations_depend_on_all_of_their_counters():
@@ -43,11 +43,3 @@ def test_slices_divide_the_counted_tokens():
     order = group_order(0, 3, cut)
     assert sorted(order) == counted.tolist()
     assert not np.array_equal(order, np.concatenate(cut))
-
-
-@pytest.mark.parametrize("n_slices", range(1, 12))
-def test_blocks_that_a_run_computes_and_does_not_use(n_slices):
-    """Group g uses up 1 / n_slices of min(g + 1, n_slices) blocks, of the g + 1 that are computed."""
-    for n_groups in range(1, 40):
-        used_before_the_last = sum(min(g + 1, n_slices) / n_slices for g in range(n_groups - 1))
-        assert n_groups - used_before_the_last <= n_blocks_ahead(n_slices) + 1e-9

@@ -28,7 +28,7 @@ def slow_order(store, n_tokens, seed=3, block_rows=4, n_slices=3):
     rows = store.rows(0, store.n_rows).tolist()
     entries, used, block_slices = [], [], []
     epoch = 0
-    while len(used) < n_tokens:
+    while sum(len(part) for cut in block_slices for part in cut) < n_tokens:
         while len(entries) < block_rows * (len(block_slices) + 1):
             order = range(len(rows)) if epoch == 0 else schedule.permutation(seed, "epoch", epoch, len(rows))
             entries += [rows[i] for i in order]
@@ -39,8 +39,9 @@ def slow_order(store, n_tokens, seed=3, block_rows=4, n_slices=3):
         size, extra = divmod(len(tokens), n_slices)
         ends = np.cumsum([0] + [size + (r < extra) for r in range(n_slices)])
         block_slices.append([tokens[ends[r] : ends[r + 1]] for r in range(n_slices)])
-        group = [t for r in range(min(n_slices, b + 1)) for t in block_slices[b - r][r]]
-        used += [group[i] for i in schedule.permutation(seed, "group", b, len(group))]
+    for g in range(len(block_slices) + n_slices - 1):
+        group = [t for r in range(n_slices) if 0 <= g - r < len(block_slices) for t in block_slices[g - r][r]]
+        used += [group[i] for i in schedule.permutation(seed, "group", g, len(group))]
     return used[:n_tokens]
 
 
@@ -65,6 +66,29 @@ def test_activations_tokens_rows_and_positions_belong_together(store):
         assert torch.equal(batch.acts["b"][:, 0], -batch.tokens.double())
         first = store.take(batch.rows.numpy())[:, 1]
         assert torch.equal(batch.acts["a"][:, 1], first.double())
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_slices": 8}, {"block_rows": 1}, {"batch_size": 50}, {"n_slices": 1}])
+@pytest.mark.parametrize("n_tokens", [1, 20, 21, 33, 315, 600])
+def test_less_than_one_block_is_read_for_nothing(store, n_tokens, sizes):
+    stream = make_stream(store, n_tokens, **sizes)
+    stream.read = read = Reader()
+    n_used = sum(len(batch.tokens) for batch in stream)
+    n_counted = (store.take(schedule.row_order(3, 0, 150, 50)) != BOS).sum(1).cumsum(0)
+    n_rows = int((n_counted < n_used).sum()) + 1
+    assert n_rows <= read.n_rows < n_rows + stream.block_rows
+
+
+def test_all_that_was_read_can_be_used(tmp_path):
+    """64 rows of 7 counted tokens are 16 blocks; of all of them, as many as are needed, each is used once."""
+    store = unique_store(tmp_path / "store", n_rows=64, ctx=8)
+    stream = make_stream(store, n_tokens=64 * 7, n_slices=5)
+    stream.read = read = Reader()
+    used = sorted(t for batch in stream for t in batch.tokens.tolist())
+    assert used == sorted(t for t in store.rows(0, 64).flatten().tolist() if t != BOS)
+    assert read.n_rows == 64
+    assert stream.state_dict()["n_blocks"] == 16
+    assert stream.state_dict()["group"] == 16 + 5 - 1
 
 
 def test_every_counted_token_once_per_epoch(tmp_path):
@@ -94,6 +118,8 @@ def test_mixing_is_that_of_the_closed_form(tmp_path):
     for batch in stream:
         if stream.state_dict()["group"] < n_slices:
             continue  # the first groups mix fewer blocks
+        if stream.state_dict()["group"] > stream.state_dict()["n_blocks"] - 1:
+            break  # and so do the last
         _, counts = batch.rows.unique(return_counts=True)
         shared.append(float((counts * (counts - 1)).sum()) / (batch_size * (batch_size - 1)))
         distinct.append(len(counts))
@@ -183,7 +209,9 @@ def test_a_new_iteration_starts_at_the_beginning(store):
 
 def test_a_state_of_something_else_is_refused(store, tmp_path):
     state = make_stream(store, n_tokens=200).state_dict()
-    make_stream(store, n_tokens=900).load_state_dict(state)
+    make_stream(store, n_tokens=200).load_state_dict(state)
+    with pytest.raises(DictlearnError, match="batch size, n_tokens, kind of stream"):
+        make_stream(store, n_tokens=900).load_state_dict(state)
     for change in ("seed", "batch_size", "block_rows", "n_slices", "lm_batch_rows"):
         with pytest.raises(DictlearnError, match="A stream continues with the text, tokenizer, seed"):
             make_stream(store, n_tokens=200, **{change: 5}).load_state_dict(state)

@@ -298,6 +298,7 @@ def test_epochs_do_not_depend_on_the_state_of_the_cache(tmp_path):
         text = LocalText(path=str(path), ctx=16, cache_dir=str(tmp_path / "cache"))
         return list(make_stream(text.train(bos_tokenizer()), n_tokens=n_tokens))
 
-    few, many, again = batches(100), batches(8000), batches(8000)
+    few, many, again = batches(600), batches(8000), batches(8000)
     assert all(same(one, other) for one, other in zip(many, again, strict=True))
-    assert all(same(one, other) for one, other in zip(few, many, strict=False))
+    n_same = 540 // 7  # the groups of all 10 blocks: 20 + 40 + 8 * 60 activations; then the shorter one ends
+    assert all(same(one, other) for one, other in zip(few[:n_same], many, strict=False))
