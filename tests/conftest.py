@@ -1,6 +1,7 @@
 """Shape annotations are checked in every test: jaxtyping with beartype over the whole package."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors, and workers share the cores
@@ -10,10 +11,19 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (so that the hook finds it by name)
 
-install_import_hook("dictlearn", "tests.typecheck.checked")
+PACKAGE = Path(__file__).parents[1] / "dictlearn"
+HOOKED = [  # all but the functions that Triton compiles from their source
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if "triton" not in path.parts and path.stem != "__init__"
+]
+install_import_hook(HOOKED, "tests.typecheck.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dictlearn.kernels import LayerNormed, decode, layer_norm, row_products
+from dictlearn.kernels import LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
 from dictlearn.losses.recon import recon_loss
 from dictlearn.registry import kind_of
 from dictlearn.sparsifiers import Sparsifier
@@ -225,16 +225,13 @@ class Dictionary(nn.Module, ABC):
     def project_(self) -> None:
         """After every optimiser step: back onto the constraint set."""
         if self.decoder_norm == "unit":
-            self.flat_W_dec.div_(self.flat_W_dec.norm(dim=-1, keepdim=True))
+            normalise_rows_(self.flat_W_dec)
 
     @torch.no_grad()
     def project_gradient_(self) -> None:
         """Before clipping: drop the part of the decoder gradient that the projection would undo."""
         if self.decoder_norm == "unit" and self.W_dec.grad is not None:
-            grad, rows = self.W_dec.grad.view_as(self.flat_W_dec), self.flat_W_dec
-            own_row = torch.arange(self.n_latents, device=grad.device).unsqueeze(-1)
-            along = row_products(grad, rows, own_row)  # [n_latents, 1]
-            grad.addcmul_(along, rows, value=-1)
+            project_rows_(self.W_dec.grad.view_as(self.flat_W_dec), self.flat_W_dec)
 
     @torch.no_grad()
     def initialise_(

@@ -1,16 +1,22 @@
-"""Encoder product and top-k in one operation, with sparse weight gradients."""
+"""Encoder product and selection in one operation, with sparse weight gradients.
+
+Under autocast the product runs in the autocast type and only proposes k + max(8, k / 4) candidates per token; their
+pre-activations are computed again in float32, and the largest of those are kept, of equal ones the lower index.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dictlearn.kernels.decode import decode
+from dictlearn.kernels import backend
+from dictlearn.kernels.decode import sum_of_rows
 from dictlearn.kernels.gather import row_products, scatter_outer
-from dictlearn.kernels.select import top_columns
+from dictlearn.kernels.select import top_columns, top_entries
 from dictlearn.types import SparseLatents
 
 TILE_BYTES = 16 * 2**20  # of pre-activations in the proposing product: what stays in a processor's cache
@@ -22,50 +28,67 @@ def encode_top_k(
     b_enc: Float[Tensor, " n_latents"],
     k: int,
 ) -> SparseLatents:
-    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact.
-
-    Under autocast the product runs in the autocast type and only proposes k + max(8, k / 4) candidates; their
-    pre-activations are computed again in float32 and the k largest of those are kept. Of equal ones among the
-    candidates the lower index is kept.
-    """
-    values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k)  # type: ignore[misc]
-    offsets = torch.arange(0, indices.numel() + 1, k, device=x.device)
-    return SparseLatents(values.flatten(), indices.flatten(), offsets, W_enc.shape[-1])
+    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact."""
+    values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, _of_each_token)  # type: ignore[misc]
+    return SparseLatents(values, indices, offsets, W_enc.shape[-1])
 
 
-class _EncodeTopK(torch.autograd.Function):
+def encode_batch_top_k(
+    x: Float[Tensor, "n_tokens d_in"],
+    W_enc: Float[Tensor, "d_in n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    k: int,
+) -> SparseLatents:
+    """ReLU of the k * n_tokens largest of `x @ W_enc + b_enc` in the batch (Bussmann et al. 2024), compact."""
+    values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, _of_the_batch)  # type: ignore[misc]
+    return SparseLatents(values, indices, offsets, W_enc.shape[-1])
+
+
+class _Selected(NamedTuple):
+    """Pre-activations, row-compressed as SparseLatents; each token's indices ascend, or are in any order."""
+
+    values: Float[Tensor, " nnz"]
+    indices: Int[Tensor, " nnz"]
+    offsets: Int[Tensor, " n_tokens_plus_1"]
+
+
+Select = Callable[[Tensor, Tensor, Tensor, int, torch.dtype], _Selected]
+
+
+class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values, indices = _select(x, W_enc, b_enc, k)  # [n_tokens, k]
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select) -> _Selected:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            values, indices, offsets = select(x, W_enc, b_enc, k, dtype)
         values = values.relu_()
-        ctx.save_for_backward(x, W_enc, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+        ctx.save_for_backward(x, W_enc, values, indices, offsets)
+        ctx.mark_non_differentiable(indices, offsets)
+        return _Selected(values, indices, offsets)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        x, W_enc, values, indices = ctx.saved_tensors
-        grad = torch.where(values > 0, grads[0], 0.0)  # [n_tokens, k]
-        grad_W = scatter_outer(grad, indices, x, W_enc.shape[-1]).T
-        grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices.flatten(), grad.flatten())
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x, W_enc, values, indices, offsets = ctx.saved_tensors
+        grad = torch.where(values > 0, grads[0], 0.0)  # [nnz]
+        grad_W = scatter_outer(grad, indices, offsets, x, W_enc.shape[-1]).T
+        grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            offsets = torch.arange(0, indices.numel() + 1, indices.shape[-1], device=x.device)
-            sparse = SparseLatents(grad.flatten(), indices.flatten(), offsets, W_enc.shape[-1])
-            grad_x = decode(sparse, W_enc.T.contiguous())
-        return grad_x, grad_W, grad_b, None
+            grad_x = sum_of_rows(grad, indices, offsets, W_enc.T.contiguous())
+        return grad_x, grad_W, grad_b, None, None
 
 
-def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest pre-activations of each row, evaluated in the type of `x`, and where they are."""
-    n_candidates = min(k + max(8, k // 4), W_enc.shape[-1])
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        exact, candidates = _propose(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), n_candidates)
-        if dtype != x.dtype:
-            exact = row_products(x, W_enc.T, candidates) + b_enc[candidates]
-        values, order = exact.sort(dim=-1, descending=True, stable=True)
-    return values[:, :k].contiguous(), candidates.gather(-1, order[:, :k])
+def _of_each_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> _Selected:
+    n_tokens, n_latents = len(x), W_enc.shape[-1]
+    m = min(k + max(8, k // 4), n_latents)
+    values, candidates = _propose(x.to(dtype), W_enc.to(dtype), b_enc, m)  # [n_tokens, m]
+    if dtype != x.dtype:
+        values = row_products(x, W_enc.T, candidates.flatten(), _offsets(n_tokens, m, x.device)).view(n_tokens, m)
+        values += b_enc[candidates]
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    indices = candidates.gather(-1, order[:, :k]).flatten()
+    return _Selected(values[:, :k].flatten(), indices, _offsets(n_tokens, k, x.device))
 
 
 def _propose(
@@ -75,11 +98,34 @@ def _propose(
 
     Ascending by index, so that a stable sort by value keeps the lower of two equal ones.
     """
+    if backend.use_triton(x) and x.element_size() == 2:
+        from dictlearn.kernels.triton import propose
+
+        if propose.fits(W_enc.shape[-1], m):
+            return propose.propose(x, W_enc.T, b_enc, m)
     n_rows = max(1, TILE_BYTES // (W_enc.shape[-1] * x.element_size()))
     buffer = x.new_empty(min(n_rows, len(x)), W_enc.shape[-1])
     values, indices = [], []
     for rows in x.split(n_rows):
-        pre_acts = torch.mm(rows, W_enc, out=buffer[: len(rows)]).add_(b_enc)
-        indices.append(top_columns(pre_acts, m).sort(dim=-1).values)
-        values.append(pre_acts.gather(1, indices[-1]))
+        found = top_columns(torch.mm(rows, W_enc, out=buffer[: len(rows)]), m, b_enc)
+        values.append(found[0])
+        indices.append(found[1])
     return torch.cat(values), torch.cat(indices)
+
+
+def _of_the_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> _Selected:
+    n_tokens, n_latents = len(x), W_enc.shape[-1]
+    starts = torch.arange(n_tokens + 1, device=x.device) * n_latents  # of the rows, in the flattened batch
+    m = min(k + max(8, k // 4), n_latents) if dtype != x.dtype else k
+    pre_acts = torch.mm(x.to(dtype), W_enc.to(dtype)).add_(b_enc.to(dtype)).flatten()
+    candidates = top_entries(pre_acts, m * n_tokens)  # ascending: row by row
+    if dtype == x.dtype:
+        return _Selected(pre_acts[candidates], candidates % n_latents, torch.searchsorted(candidates, starts))
+    indices = candidates % n_latents
+    exact = row_products(x, W_enc.T, indices, torch.searchsorted(candidates, starts)) + b_enc[indices]
+    kept = top_entries(exact, k * n_tokens)
+    return _Selected(exact[kept], indices[kept], torch.searchsorted(candidates[kept], starts))
+
+
+def _offsets(n_tokens: int, k: int, device: torch.device) -> Int[Tensor, " n_tokens_plus_1"]:
+    return torch.arange(0, n_tokens * k + 1, k, device=device)

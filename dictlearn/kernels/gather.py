@@ -1,6 +1,6 @@
-"""Products between tokens and the few rows of a weight that each of them uses; no `[n_tokens, k, d]` intermediate.
+"""Products between tokens and the few rows of a weight that each of them uses; no `[nnz, d]` intermediate.
 
-Both are pieces of the gradient of torch's embedding bag, whose bags are the tokens.
+In plain torch both are pieces of the gradient of its embedding bag, whose bags are the tokens.
 """
 
 from __future__ import annotations
@@ -9,39 +9,56 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dictlearn.kernels import backend, native
+
 SUM = 0  # the mode of the bag
 
 
 def row_products(
-    x: Float[Tensor, "n_tokens d"], rows: Float[Tensor, "n_latents d"], indices: Int[Tensor, "n_tokens k"]
-) -> Float[Tensor, "n_tokens k"]:
-    """`x[t] . rows[indices[t, j]]`."""
-    n_tokens, k = indices.shape
-    starts, bag_of = _bags(n_tokens, k, x.device)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x.contiguous(), rows, indices.flatten(), starts, bag_of, SUM
+    x: Float[Tensor, "n_tokens d"],
+    rows: Float[Tensor, "n_latents d"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " n_tokens_plus_1"],
+) -> Float[Tensor, " nnz"]:
+    """`x[t] . rows[indices[i]]` for each entry i of token t, which owns `offsets[t]:offsets[t + 1]`."""
+    if backend.use_triton(x, rows):
+        from dictlearn.kernels.triton import sparse
+
+        return sparse.row_products(x, rows, indices, offsets)
+    if backend.use_native(x, rows):
+        return native.row_products(x.contiguous(), rows.contiguous(), indices.contiguous(), offsets)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(), rows, indices, offsets[:-1], _token_of(indices, offsets), SUM
     )
-    return products.view(n_tokens, k)
 
 
 def scatter_outer(
-    values: Float[Tensor, "n_tokens k"],
-    indices: Int[Tensor, "n_tokens k"],
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " n_tokens_plus_1"],
     x: Float[Tensor, "n_tokens d"],
     n_latents: int,
 ) -> Float[Tensor, "n_latents d"]:
-    """`sum_t values[t, j] x[t]` added to row `indices[t, j]`."""
-    n_tokens, k = indices.shape
-    flat = indices.flatten()
-    _, bag_of = _bags(n_tokens, k, x.device)
-    bag_size = torch.full((n_tokens,), k, device=x.device)
-    no_maxima = flat.new_empty(0)
+    """Row j is the sum of `values[i] * x[t]` over the entries i with `indices[i] == j`, t the token of i."""
+    if backend.use_triton(values, x):
+        from dictlearn.kernels.triton import sparse
+
+        return sparse.scatter_outer(values, indices, offsets, x, n_latents)
+    if backend.use_native(values, x):
+        return native.scatter_outer(values.contiguous(), indices.contiguous(), offsets, x.contiguous(), n_latents)
+    no_maxima = indices.new_empty(0)
     return torch.ops.aten._embedding_bag_dense_backward(
-        x.contiguous(), flat, bag_of, bag_size, no_maxima, n_latents, False, SUM, values.flatten()
+        x.contiguous(),
+        indices,
+        _token_of(indices, offsets),
+        offsets.diff(),
+        no_maxima,
+        n_latents,
+        False,
+        SUM,
+        values.contiguous(),
     )
 
 
-def _bags(n_tokens: int, k: int, device: torch.device) -> tuple[Int[Tensor, " n_tokens"], Int[Tensor, " nnz"]]:
-    """Where each bag starts, and the bag of each entry."""
-    entries = torch.arange(n_tokens * k, device=device)
-    return entries[::k].contiguous(), entries.div(k, rounding_mode="floor")
+def _token_of(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " n_tokens_plus_1"]) -> Int[Tensor, " nnz"]:
+    return torch.repeat_interleave(offsets.diff(), output_size=len(indices))

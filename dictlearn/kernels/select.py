@@ -1,19 +1,40 @@
-"""The largest entries of each row."""
+"""The largest entries of each row, and of a whole batch."""
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dictlearn.kernels import backend, native
+
 MOST_PER_GROUP = 64
+NATIVE_TYPES = (torch.float32, torch.bfloat16)
 
 
-def top_columns(values: Float[Tensor, "n width"], m: int) -> Int[Tensor, "n m"]:
-    """Where the `m` largest of each row are, in no order. Exact: which of several equal ones are found is open.
+def top_columns(
+    values: Float[Tensor, "n width"], m: int, bias: Float[Tensor, " width"] | None = None
+) -> tuple[Float[Tensor, "n m"], Int[Tensor, "n m"]]:
+    """The `m` largest of each row of `values + bias`, and where they are, ascending.
 
-    The m largest lie in the m groups with the largest maxima, so most of a wide row is read once, for the maxima
-    of its groups, and the rest is a choice among few. Columns j, j + n_groups, j + 2 n_groups... are one group, so
-    that the maxima are taken between contiguous vectors.
+    Compiled, the first of equal ones are found, in plain torch any of them. `values` may be overwritten.
+    """
+    if backend.use_native(values, types=NATIVE_TYPES):
+        indices = native.top_columns(values.contiguous(), m, None if bias is None else bias.float())
+        found = values.gather(1, indices)
+        return found if bias is None else found + bias[indices].to(found.dtype), indices
+    if bias is not None:
+        values.add_(bias)
+    indices = _unordered(values, m).sort(dim=-1).values
+    return values.gather(1, indices), indices
+
+
+def _unordered(values: Float[Tensor, "n width"], m: int) -> Int[Tensor, "n m"]:
+    """Where the m largest are.
+
+    They lie in the m groups with the largest maxima, so most of a wide row is read once, for the maxima of its
+    groups, and the rest is a choice among few. Columns j, j + n_groups, j + 2 n_groups... are one group, so that
+    the maxima are taken between contiguous vectors.
     """
     n, width = values.shape
     per_group = MOST_PER_GROUP
@@ -25,5 +46,25 @@ def top_columns(values: Float[Tensor, "n width"], m: int) -> Int[Tensor, "n m"]:
     grouped = values.view(n, per_group, n_groups)
     best = grouped.amax(1).topk(m, dim=-1, sorted=False).indices  # [n, m]
     candidates = grouped.gather(2, best.unsqueeze(1).expand(-1, per_group, -1)).flatten(1)  # [n, per_group * m]
-    found = top_columns(candidates, m)
+    found = _unordered(candidates, m)
     return best.gather(1, found % m) + found.div(m, rounding_mode="floor") * n_groups
+
+
+def top_entries(values: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
+    """Where the `m` largest are, ascending; of equal ones the first.
+
+    A threshold is found and what is above it collected: by groups as in `top_columns`, on a GPU by histograms.
+    """
+    if m == 0:
+        return torch.empty(0, dtype=torch.int64, device=values.device)
+    if backend.use_triton(values):
+        from dictlearn.kernels.triton import threshold
+
+        return threshold.top_entries(values, m)
+    if backend.use_native(values, types=NATIVE_TYPES):
+        return native.top_entries(values.contiguous(), m)
+    least = values[_unordered(values.unsqueeze(0), m)[0]].min()
+    found = (values >= least).nonzero().squeeze(-1)
+    at = values[found] == least
+    n_spare = len(found) - m  # equal ones that are too many
+    return found[~(at & (at.flip(0).cumsum(0).flip(0) <= n_spare))]
