@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dictlearn.kernels import decode, encode_top_k
+from dictlearn.kernels import decode, encode_batch_top_k, encode_top_k, normalise_rows_, project_rows_
 from tests.runs import run_train, weight_hashes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -37,16 +37,27 @@ def test_deterministic_runs_are_bit_identical(tmp_path: Path) -> None:
     assert weight_hashes(tmp_path / "one") == weight_hashes(tmp_path / "two")
 
 
-def test_a_step_does_not_wait_for_the_device() -> None:
-    """No synchronisation in forward and backward of the compact path."""
+@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_does_not_wait_for_the_device(encode, autocast: bool) -> None:
+    """No synchronisation in the kernels, forward and backward."""
     x = torch.randn(64, 32, device="cuda")
-    W_enc = torch.randn(128, 32, device="cuda").T.requires_grad_()
-    b_enc = torch.zeros(128, device="cuda", requires_grad=True)
-    W_dec = torch.randn(128, 32, device="cuda", requires_grad=True)
-    decode(encode_top_k(x, W_enc, b_enc, 8), W_dec).square().sum().backward()  # loads the kernels
+    W_enc = torch.randn(1024, 32, device="cuda").T.requires_grad_()
+    b_enc = torch.zeros(1024, device="cuda", requires_grad=True)
+    W_dec = torch.randn(1024, 32, device="cuda", requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            decode(encode(x, W_enc, b_enc, 8), W_dec).square().sum().backward()
+        assert W_dec.grad is not None
+        with torch.no_grad():
+            project_rows_(W_dec.grad, W_dec)
+            normalise_rows_(W_dec)
+
+    step()  # loads the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        decode(encode_top_k(x, W_enc, b_enc, 8), W_dec).square().sum().backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert W_enc.grad is not None

@@ -45,7 +45,7 @@ def encode_batch_top_k(
 
 
 class _Selected(NamedTuple):
-    """Pre-activations, row-compressed as SparseLatents; each token's indices ascend, or are in any order."""
+    """Pre-activations, row-compressed as SparseLatents; the indices of a token ascend."""
 
     values: Float[Tensor, " nnz"]
     indices: Int[Tensor, " nnz"]
@@ -86,9 +86,9 @@ def _of_each_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch
     if dtype != x.dtype:
         values = row_products(x, W_enc.T, candidates.flatten(), _offsets(n_tokens, m, x.device)).view(n_tokens, m)
         values += b_enc[candidates]
-    values, order = values.sort(dim=-1, descending=True, stable=True)
-    indices = candidates.gather(-1, order[:, :k]).flatten()
-    return _Selected(values[:, :k].flatten(), indices, _offsets(n_tokens, k, x.device))
+    values, places = top_columns(values, k)
+    indices = candidates.gather(-1, places)
+    return _Selected(values.flatten(), indices.flatten(), _offsets(n_tokens, k, x.device))
 
 
 def _propose(
@@ -96,7 +96,7 @@ def _propose(
 ) -> tuple[Float[Tensor, "n_tokens m"], Int[Tensor, "n_tokens m"]]:
     """The m largest pre-activations of each row and where they are, in tiles of rows that share one buffer.
 
-    Ascending by index, so that a stable sort by value keeps the lower of two equal ones.
+    Ascending by index, so that the first of equal ones is the lower.
     """
     if backend.use_triton(x) and x.element_size() == 2:
         from dictlearn.kernels.triton import propose

@@ -9,6 +9,7 @@ from torch import Tensor
 from dictlearn.kernels import backend, native
 
 MOST_PER_GROUP = 64
+FEW = 1024
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -17,7 +18,8 @@ def top_columns(
 ) -> tuple[Float[Tensor, "n m"], Int[Tensor, "n m"]]:
     """The `m` largest of each row of `values + bias`, and where they are, ascending.
 
-    Compiled, the first of equal ones are found, in plain torch any of them. `values` may be overwritten.
+    Of equal ones the first are found, but of more than FEW columns plain torch takes any. `values` may be
+    overwritten.
     """
     if backend.use_native(values, types=NATIVE_TYPES):
         indices = native.top_columns(values.contiguous(), m, None if bias is None else bias.float())
@@ -25,7 +27,11 @@ def top_columns(
         return found if bias is None else found + bias[indices].to(found.dtype), indices
     if bias is not None:
         values.add_(bias)
-    indices = _unordered(values, m).sort(dim=-1).values
+    if values.shape[-1] <= FEW:
+        found = values.sort(dim=-1, descending=True, stable=True).indices[:, :m]
+    else:
+        found = _unordered(values, m)
+    indices = found.sort(dim=-1).values
     return values.gather(1, indices), indices
 
 

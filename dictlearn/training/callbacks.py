@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dictlearn.kernels import native
 from dictlearn.training.module import DictionaryTraining
 from dictlearn.types import DictlearnError
 
@@ -127,7 +128,8 @@ class Environment(Callback):
     def state_dict(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         versions = {name: version(name) for name in ("torch", "transformers", "lightning", "dictlearn")}
-        return {**versions, "threads": torch.get_num_threads(), "device": device}
+        kernels = "compiled" if native.available() else "torch"
+        return {**versions, "threads": torch.get_num_threads(), "device": device, "cpu_kernels": kernels}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         now = self.state_dict()

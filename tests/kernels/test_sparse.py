@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.kernels import decode, encode_top_k
+from dictlearn.kernels import backend, decode, encode_top_k
 from dictlearn.kernels import encode as encode_module
 from dictlearn.losses.aux_k import AuxK
 from dictlearn.sparsifiers.top_k import TopK
@@ -84,17 +84,51 @@ def test_empty_batch() -> None:
     assert out.shape == (0, 5)
 
 
-def test_autocast_proposes_and_float32_decides() -> None:
-    torch.manual_seed(3)
-    n_tokens = 2_500
-    x, W_enc, b_enc = torch.randn(n_tokens, 64), torch.randn(1024, 64).T / 8, torch.randn(1024)
-    exact = encode_top_k(x, W_enc, b_enc, 16)
+def random_weights() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2_500, 64), torch.randn(1024, 64).T / 8, torch.randn(1024)
+
+
+def trained_weights() -> tuple[Tensor, Tensor, Tensor]:
+    """Of an autoencoder that has learned sparse data, with one dimension that is far larger than the others."""
+    d, n_latents = 64, 512
+    features = torch.nn.functional.normalize(torch.randn(200, d), dim=-1)
+
+    def draw(n: int) -> Tensor:
+        x = (torch.rand(n, 200) < 0.06) * (0.5 + torch.rand(n, 200)) @ features + 0.05 * torch.randn(n, d)
+        x[:, 3] = 30 + 5 * x[:, 3]
+        return x
+
+    sae = Linear(d, d, n_latents, TopK(k=16))
+    mean = draw(5_000).mean(0, keepdim=True)
+    sae.initialise_(torch.Generator().manual_seed(0), mean, mean)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(300):
+        x = draw(256)
+        loss = sae.losses(sae.step(x, x, torch.ones(1)))["recon"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sae.project_()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]  # it has learned
+    return draw(2_500), sae.W_enc.detach(), sae.b_enc.detach()
+
+
+@pytest.mark.parametrize("weights", [random_weights, trained_weights])
+@pytest.mark.parametrize("native", [True, False])
+def test_autocast_proposes_and_float32_decides(weights, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(backend, "use_native", lambda *_, **__: False)
+    x, W_enc, b_enc = weights()
+    n_tokens, k = len(x), 16
+    exact = encode_top_k(x, W_enc, b_enc, k)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fast = encode_top_k(x, W_enc, b_enc, 16)
-        plain = (x @ W_enc + b_enc).topk(16).indices.sort(-1).values  # bfloat16 alone
-    sets = exact.indices.view(n_tokens, 16).sort(-1).values
+        fast = encode_top_k(x, W_enc, b_enc, k)
+        plain = (x @ W_enc + b_enc).topk(k).indices.sort(-1).values  # bfloat16 alone
+    sets = exact.indices.view(n_tokens, k)
     assert fast.values.dtype == torch.float32
-    same = (fast.indices.view(n_tokens, 16).sort(-1).values == sets).all(-1)
+    same = (fast.indices.view(n_tokens, k) == sets).all(-1)
     assert same.float().mean() >= 0.999
     assert (plain == sets).all(-1).float().mean() < 0.95  # so the second look is what decides
     torch.testing.assert_close(fast.to_dense()[same], exact.to_dense()[same])
