@@ -1,5 +1,11 @@
 """What only Triton's implementation has."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,3 +31,24 @@ def test_the_proposing_product(dtype: torch.dtype, tile: int, monkeypatch: pytes
     least = pre_acts.topk(12).values[:, -1]
     assert (values.double().amin(1) >= least - 0.2).all()
     assert (indices.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_every_kernel_compiles(generation: int, tmp_path: Path) -> None:
+    """For Ampere and Hopper, without a GPU: the interpreter accepts what the compiler does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, "-m", "tests.kernels.compile_triton", str(generation)]
+    run = subprocess.run(
+        program,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) == 16
+    product = next(kernel for kernel in found if kernel["name"] == "_product")
+    assert product["tensor_cores"]
+    assert product["shared"] >= 2 * propose.STAGE_BYTES  # so its loads run ahead of its products

@@ -17,6 +17,7 @@ GROUP = 16  # columns
 MOST_GROUPS = 16_384  # of a row, held by one program
 TILE_BYTES = 128 * 2**20  # of pre-activations in memory at once
 BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}
+STAGE_BYTES = (128 + 256) * 64 * 2  # of shared memory for each step of the product that is loaded ahead
 
 
 def fits(n_latents: int, m: int) -> bool:
@@ -46,7 +47,7 @@ def propose(
         n = len(part)
         _product[(triton.cdiv(n, BLOCKS["BLOCK_M"]) * triton.cdiv(n_latents, BLOCKS["BLOCK_N"]),)](
             part, rows, b, pre_acts, maxima, n, n_latents, d, n_groups,
-            GROUP=GROUP, UPCAST=_interpreted(), **BLOCKS, num_warps=8, num_stages=3,
+            GROUP=GROUP, UPCAST=_interpreted(), **BLOCKS, num_warps=8, num_stages=_n_stages(x.device),
         )  # fmt: skip
         _largest[(n,)](maxima, groups, n_groups, m, BLOCK=triton.next_power_of_2(n_groups), num_warps=4)
         _largest_of_groups[(n,)](
@@ -59,6 +60,13 @@ def propose(
 def _interpreted() -> bool:
     """The interpreter multiplies the bits of bfloat16 numbers, not their values."""
     return not isinstance(_product, triton.JITFunction)
+
+
+def _n_stages(device: torch.device) -> int:
+    """As many as the shared memory of the GPU holds, at most 3."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(3, torch.cuda.get_device_properties(device).shared_memory_per_block_optin // STAGE_BYTES))
 
 
 @triton.jit
