@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics
     from dictlearn.data.outliers import NormFilter
     from dictlearn.data.sequences import Sequences, SequenceStream
+    from dictlearn.data.store import ActivationStore
+    from dictlearn.data.stored import StoredStream
     from dictlearn.data.stream import ActivationStream, Batch
     from dictlearn.data.text import EmbeddedText, HubText, LocalText, Rows, TextData
     from dictlearn.data.tokens import TokenStore
 
 _HOME = {
     "ActivationData": "module",
+    "ActivationStore": "store",
     "ActivationStream": "stream",
     "Batch": "stream",
     "EmbeddedText": "text",
@@ -29,6 +32,7 @@ _HOME = {
     "SequenceStream": "sequences",
     "Sequences": "sequences",
     "SiteStatistics": "normalize",
+    "StoredStream": "stored",
     "TextData": "text",
     "TokenStore": "tokens",
     "estimate_norm_filter": "normalize",
@@ -36,6 +40,7 @@ _HOME = {
 }
 __all__ = [
     "ActivationData",
+    "ActivationStore",
     "ActivationStream",
     "Batch",
     "EmbeddedText",
@@ -46,6 +51,7 @@ __all__ = [
     "SequenceStream",
     "Sequences",
     "SiteStatistics",
+    "StoredStream",
     "TextData",
     "TokenStore",
     "estimate_norm_filter",

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
 from dictlearn.config import STREAMS
 from dictlearn.data.base import Stream
+from dictlearn.data.manifest import STORE_DTYPES
 from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics
 from dictlearn.data.outliers import NormFilter
+from dictlearn.data.packing import TOKENIZER_FILE
 from dictlearn.data.sequences import SequenceStream
+from dictlearn.data.store import ActivationStore
+from dictlearn.data.stored import StoredStream
 from dictlearn.data.stream import ActivationStream
 from dictlearn.data.text import Rows, TextData, warn_of_unknown
 from dictlearn.data.tokens import TokenStore
 from dictlearn.lm.load import LM
-from dictlearn.lm.taps import activations
+from dictlearn.lm.taps import activations, widths
 from dictlearn.types import DictlearnError, Site, TokenIds
 
 
@@ -30,6 +38,9 @@ class ActivationData(LightningDataModule):
 
     Activations that are not finite are an error in `statistics`, are left out where text.max_norm_ratio is set, and
     otherwise, should they come later in the text, reach the training: its loss then is not finite, which ends it.
+
+    With text.store, the shuffled activations are rounded to text.store_dtype; the first run writes them there, and
+    later ones read them, and the statistics, instead of running the LM.
     """
 
     def __init__(
@@ -45,14 +56,27 @@ class ActivationData(LightningDataModule):
         super().__init__()
         if stream not in STREAMS:
             raise DictlearnError(f"stream must be one of {', '.join(STREAMS)}, got {stream!r}")
+        if problem := store_setting_problem(text, stream):
+            raise DictlearnError(problem)
         self.text, self.lm, self.sites = text, lm, tuple(sites)
         self.batch_size, self.n_tokens, self.seed, self.stream = batch_size, n_tokens, seed, stream
 
     @cached_property
     def store(self) -> TokenStore:
-        """The rows that are trained on; tokenising starts when this is first used."""
+        """The rows that are trained on; tokenising starts when this is first used, if the LM has to run."""
         store = self.text.train(self.lm.tokenizer)
-        self._stream(store, None).prefetch()
+        if self.text.store is None:
+            self._stream(store, None).prefetch()
+        return store
+
+    @cached_property
+    def activation_store(self) -> ActivationStore | None:
+        """The store of text.store: complete, or locked for this run to write. Raises DictlearnError if neither."""
+        if self.text.store is None:
+            return None
+        store = ActivationStore(store_folder(self.text.store), self._asked())
+        if not store.complete:
+            self._stream(self.store, None).prefetch()
         return store
 
     @cached_property
@@ -61,19 +85,51 @@ class ActivationData(LightningDataModule):
         ratio = self.text.max_norm_ratio
         if ratio is None:
             return None
+        if kept := self._kept_statistics():
+            return NormFilter(ratio, kept[1])
         return estimate_norm_filter(self.read, self.store, ratio, self.text.lm_batch_rows)
 
-    def train_dataloader(self) -> Stream:
-        return self._stream(self.store, self.norm_filter)
+    def train_dataloader(self) -> Stream | StoredStream:
+        return self._stream(self.store, self.norm_filter) if self._stored is None else self._stored
+
+    @cached_property
+    def _stored(self) -> StoredStream | None:
+        if self.activation_store is None:
+            return None
+        if self._kept_statistics() is None:
+            self.statistics()  # for the runs that will read
+        stream = self._stream(self.store, self.norm_filter)
+        assert isinstance(stream, ActivationStream)
+        return StoredStream(stream, self.activation_store, [site.name for site in self.sites], self.lm.device)
+
+    def close(self) -> None:
+        """Finish what is being written to the activation store, if there is one, and let other runs use it."""
+        if self.text.store is None or "activation_store" not in self.__dict__:
+            return
+        if "_stored" in self.__dict__ and self._stored is not None:
+            self._stored.close()
+        elif self.activation_store is not None:
+            self.activation_store.close()
 
     def statistics(self, n_tokens: int = 65_536) -> dict[str, SiteStatistics]:
         """Site name -> statistics over the first rows of the text; the stream does not move.
 
-        Warns where many of these tokens are unknown to the tokenizer.
+        Warns where many of these tokens are unknown to the tokenizer. From an activation store, those of the run
+        that wrote it, which asked for as many tokens; else raises DictlearnError.
         """
+        if kept := self._kept_statistics():
+            if kept[2] != n_tokens:
+                raise DictlearnError(
+                    f"data.store={self.text.store} has the statistics of statistics_n_tokens = {kept[2]}, not of "
+                    f"{n_tokens}"
+                )
+            return {site.name: kept[0][site.name] for site in self.sites}
         tokens = self.store.rows(0, self.store.wait_counted(n_tokens))
         warn_of_unknown(self.lm.tokenizer, self.store.name, tokens, self.store.mask(tokens))
-        return estimate_statistics(self.read, self.store, n_tokens, self.text.lm_batch_rows, self.norm_filter)
+        found = estimate_statistics(self.read, self.store, n_tokens, self.text.lm_batch_rows, self.norm_filter)
+        if self.activation_store is not None:
+            self.activation_store.keep(found, self.norm_filter.limits if self.norm_filter else {}, n_tokens)
+        return found
 
     def heldout(self, n_tokens: int) -> Rows:
         return self.text.heldout(self.lm.tokenizer, n_tokens)
@@ -83,7 +139,31 @@ class ActivationData(LightningDataModule):
         device = self.lm.device
         if device.type == "cuda":
             tokens = tokens.pin_memory()
-        return activations(self.lm.model, self.sites, tokens.to(device, non_blocking=True))
+        acts = activations(self.lm.model, self.sites, tokens.to(device, non_blocking=True))
+        if self.text.store is None:
+            return acts
+        dtype = getattr(torch, self.text.store_dtype)
+        return {site: values.to(dtype) for site, values in acts.items()}
+
+    def _kept_statistics(self) -> tuple[dict[str, SiteStatistics], dict[str, float], int] | None:
+        return None if self.activation_store is None else self.activation_store.statistics()
+
+    def _asked(self) -> dict[str, Any]:
+        """What the activation store has to hold."""
+        tokenizer = (self.store.folder / TOKENIZER_FILE).read_bytes()
+        return {
+            **asked_of_text(self.text),
+            "lm": self.lm.fingerprint(),
+            "lm_name": self.lm.name,
+            "lm_revision": self.lm.revision,
+            "lm_dtype": self.lm.dtype,
+            "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+            "text": self.store.fingerprint,
+            "seed": self.seed,
+            "n_tokens": self.n_tokens,
+            "batch_size": self.batch_size,
+            "sites": widths(self.lm.model, self.sites),
+        }
 
     def _stream(self, store: TokenStore, norm_filter: NormFilter | None) -> Stream:
         common = {
@@ -98,3 +178,28 @@ class ActivationData(LightningDataModule):
         return ActivationStream(
             self.read, store, block_rows=self.text.block_rows, n_slices=self.text.n_slices, **common
         )
+
+
+def store_folder(place: str) -> Path:
+    """The folder of data.store. Raises DictlearnError for that of a user who does not exist."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise DictlearnError(f"data.store must be a folder, got {place}: {error}") from error
+
+
+def store_setting_problem(text: TextData, stream: str) -> str | None:
+    """What is wrong with data.store and data.store_dtype as such, one sentence."""
+    if text.store is not None and not (isinstance(text.store, str) and text.store):
+        return f"data.store must be null or a folder, got {text.store!r}"
+    if text.store_dtype not in STORE_DTYPES:
+        return f"data.store_dtype must be one of {', '.join(STORE_DTYPES)}, got {text.store_dtype!r}"
+    if text.store is not None and stream != "shuffled":
+        return f"data.store holds shuffled activations: use stream=shuffled or data.store=null, got stream={stream}"
+    return None
+
+
+def asked_of_text(text: TextData) -> dict[str, Any]:
+    """What a configuration of text alone asks of an activation store."""
+    same = ("ctx", "block_rows", "n_slices", "lm_batch_rows", "max_norm_ratio")
+    return {**{key: getattr(text, key) for key in same}, "dtype": text.store_dtype}

@@ -59,6 +59,9 @@ class TextData(ABC):
 
     `max_norm_ratio`: tokens whose activation norm is above this many times the site's median norm, at any site,
     are not trained on; None keeps all.
+
+    `store`: a folder for the activations, written by the first run and read by later ones (store.py), as
+    `store_dtype`; None runs the LM in every run.
     """
 
     ctx: int = 128
@@ -69,6 +72,8 @@ class TextData(ABC):
     n_slices: int = 8
     max_norm_ratio: float | None = None
     cache_dir: str | None = None
+    store: str | None = None
+    store_dtype: str = "bfloat16"
 
     @property
     @abstractmethod

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from dictlearn.config import build
 from dictlearn.data import TextData
+from dictlearn.data.manifest import bytes_per_activation, read_manifest
+from dictlearn.data.module import store_folder
+from dictlearn.data.stored import SHARD_BYTES
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary
@@ -36,6 +39,7 @@ class Plan(NamedTuple):
     pool_memory: int
     dictionary_memory: int
     token_disk: int
+    store_disk: int  # of the activation store, whether it is written or read; 0 without one
     checkpoint_disk: int
     dictionary_disk: int
     lm_flops: float
@@ -51,23 +55,29 @@ def plan(cfg: DictConfig) -> Plan:
     found = entries(cfg, model)
     text: TextData = build(cfg.data)
     n_bytes = BYTES[lm_dtype(cfg)]
+    reads = reads_store(text)
+    width = sum(_width(model, site) for site in sites_of(found))
     dictionaries = [build_dictionary(entry, *_widths(model, entry), "meta") for entry in found]
     rows = max(1, cfg.batch_size // text.ctx)  # of a batch of sequences
     per_batch = cfg.batch_size if cfg.stream == "shuffled" else rows * (text.ctx - 1)
     n_steps = math.ceil(cfg.n_tokens / per_batch)
     at_once = text.block_rows if cfg.stream == "shuffled" else rows  # the last block is read whole
     n_read = math.ceil(n_steps * per_batch / (text.ctx - 1) / at_once) * at_once * text.ctx
+    pooled = n_bytes if text.store is None else BYTES[text.store_dtype]
+    n_stored = 0 if text.store is None else n_steps * per_batch
+    store_disk = n_stored * bytes_per_activation(width, text.store_dtype)
     n_parameters = sum(p.numel() for d in dictionaries for p in d.parameters())
     return Plan(
         n_steps=n_steps,
         tokens_per_step=per_batch,
         lm_memory=sum(p.numel() for p in model.parameters()) * n_bytes,
-        pool_memory=_pool(text, cfg.stream, sum(_width(model, site) for site in sites_of(found)), n_bytes),
+        pool_memory=2 * min(SHARD_BYTES, store_disk) + (0 if reads else _pool(text, cfg.stream, width, pooled)),
         dictionary_memory=n_parameters * (STATE_BYTES + GRADIENT_BYTES),
         token_disk=int(n_read * (2 if model.config.get_text_config().vocab_size < 2**16 else 4)),
         checkpoint_disk=2 * n_parameters * STATE_BYTES,  # the old one goes when the new one is whole
         dictionary_disk=n_parameters * 4,
-        lm_flops=n_read * 2 * _lm_parameters_used(model, sites_of(found)),
+        store_disk=store_disk,
+        lm_flops=0.0 if reads else n_read * 2 * _lm_parameters_used(model, sites_of(found)),
         dictionary_flops=cfg.n_tokens * sum(_flops_per_token(d) for d in dictionaries),
     )
 
@@ -85,14 +95,24 @@ def show(planned: Plan, cfg: DictConfig, console: Console) -> None:
         "memory: shuffling pool": _size(planned.pool_memory),
         "memory: dictionaries, gradients, optimizer": _size(planned.dictionary_memory),
         "disk: token rows": f"{_size(planned.token_disk)} (kept for later runs on the same text)",
+        "disk: activations of data.store": f"{_size(planned.store_disk)} "
+        + ("(written by this run)" if planned.lm_flops else "(there already: the LM does not run in training)"),
         "disk: checkpoints, at most": _size(planned.checkpoint_disk),
         "disk: dictionaries": _size(planned.dictionary_disk),
         "time, roughly": f"{_duration(lm_seconds + own_seconds)} ({_duration(lm_seconds)} in the LM, "
         f"{_duration(own_seconds)} in the dictionaries), without evaluation",
     }
+    if not planned.store_disk:
+        del rows["disk: activations of data.store"]
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def reads_store(text: TextData) -> bool:
+    """Whether the run reads its activations from a store that is complete."""
+    manifest = None if text.store is None else read_manifest(store_folder(text.store))
+    return manifest is not None and manifest.complete
 
 
 def lm_dtype(cfg: DictConfig) -> str:

@@ -14,18 +14,22 @@ from dictlearn.config import (
     build,
     collect,
     dictionary_problems,
+    is_count,
     missing,
     unused_overrides,
     value_problems,
 )
 from dictlearn.data import TextData
+from dictlearn.data.module import asked_of_text, store_folder, store_setting_problem
+from dictlearn.data.store import store_problems
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.build import build_blocks
 from dictlearn.files import folder_problem
 from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary, starting_dictionaries
 from dictlearn.training.learner import LossTerm
-from dictlearn.training.points import Entry, entries, nodes, points
+from dictlearn.training.plan import lm_dtype
+from dictlearn.training.points import Entry, entries, nodes, points, sites_of
 
 PARTS = ("objective", "optimizer", "schedule")
 TRAINER_KEYS = ("_target_", "accelerator", "devices", "precision", "deterministic")
@@ -44,13 +48,15 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         found.append("trainer=gpu needs a CUDA device, and torch finds none: use trainer=cpu")
     model = _skeleton(cfg, found)
-    _check_text(cfg, model, found)
+    text = _check_text(cfg, model, found)
     collect(found, lambda: _check_loggers(cfg))
     collect(found, lambda: build_blocks(cfg.evaluation))
     if added := sorted(set(cfg.trainer) - set(TRAINER_KEYS)):
         names = ", ".join(f"trainer.{key}" for key in added)
         found.append(f"{names}: of Lightning's trainer only {', '.join(TRAINER_KEYS[1:])} can be set")
     dictionaries = [] if model is None else collect(found, lambda: entries(cfg, model)) or []
+    if text is not None and text.store is not None:
+        collect(found, lambda: _check_store(cfg, text, model, dictionaries, found))
     init_from = None if resuming else cfg.init_from
     starts = collect(found, lambda: starting_dictionaries(init_from, dictionaries)) or {}
     for entry in dictionaries:
@@ -84,13 +90,36 @@ def _check_loggers(cfg: DictConfig) -> None:
     build(nodes)
 
 
-def _check_text(cfg: DictConfig, model: PreTrainedModel | None, found: list[str]) -> None:
+def _check_text(cfg: DictConfig, model: PreTrainedModel | None, found: list[str]) -> TextData | None:
     if OmegaConf.missing_keys(cfg.data):
-        return
+        return None
     text: TextData | None = collect(found, lambda: build(cfg.data))
     if text is not None:
         config = model.config.get_text_config() if model is not None else None
         found += text.problems(getattr(config, "max_position_embeddings", None))
+        if problem := store_setting_problem(text, cfg.stream):
+            found.append(problem)
+            return None
+    return text
+
+
+def _check_store(
+    cfg: DictConfig,
+    text: TextData,
+    model: PreTrainedModel | None,
+    dictionaries: Sequence[Entry],
+    found: list[str],
+) -> None:
+    """What can be said of the activation store without the LM's weights and the tokens; of sound values only."""
+    if model is None or not dictionaries or not all(is_count(cfg[key], 1) for key in ("n_tokens", "batch_size")):
+        return
+    asked = {
+        **asked_of_text(text),
+        **{key: cfg[key] for key in ("seed", "n_tokens", "batch_size", "statistics_n_tokens")},
+        "lm_dtype": lm_dtype(cfg),
+        "sites": {site.name: site_width(model, site) for site in sites_of(dictionaries)},
+    }
+    found += store_problems(str(store_folder(str(text.store))), asked)
 
 
 def _check_dictionary(

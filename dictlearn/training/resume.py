@@ -29,7 +29,15 @@ MAY_DIFFER = (
     "asked",
 )  # nothing of it reaches the weights
 COMMITS = ("lm.revision", "data.revision")
-PLACES = ("lm.name", "data.path", "data.name", "data.cache_dir", "init_from", *COMMITS)  # where content lies
+PLACES = (
+    "lm.name",
+    "data.path",
+    "data.name",
+    "data.cache_dir",
+    "data.store",
+    "init_from",
+    *COMMITS,
+)  # where content lies
 log = logging.getLogger(__name__)
 
 

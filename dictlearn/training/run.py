@@ -167,13 +167,13 @@ def _folder(cfg: DictConfig, checkpoint: Checkpoint | None, console: Console) ->
 
 def _make_absolute(cfg: DictConfig) -> None:
     """Local places in the configuration hold wherever the run is continued from."""
-    for key in ("lm.name", "data.path", "data.name", "data.cache_dir", "init_from"):
+    for key in ("lm.name", "data.path", "data.name", "data.cache_dir", "data.store", "init_from"):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if not isinstance(value, str) or (key == "lm.name" and value == "embedded"):
             continue
         with suppress(RuntimeError, OSError):  # an impossible path, which is said with the other problems
             path = Path(value).expanduser()
-            if path.exists() or key in ("data.path", "data.cache_dir"):
+            if path.exists() or key in ("data.path", "data.cache_dir", "data.store"):
                 OmegaConf.update(cfg, key, str(path.absolute()))
 
 
@@ -206,13 +206,23 @@ def _load(cfg: DictConfig, say: Callable[[str], None], resuming: bool = False) -
     data = ActivationData(
         build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream
     )
-    say("Measuring the activations")
+    say(_store_line(data) or "Measuring the activations")
     statistics = data.statistics(cfg.statistics_n_tokens)
     fix_commit(cfg, "data.revision", getattr(data.text, "revision", None))  # known once the text is open
     if cfg.evaluation.blocks:
         data.heldout(1)  # an error now, not after the training
     starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
     return Setup(lm, data, found, build_members(cfg, found, lm, statistics, starts))
+
+
+def _store_line(data: ActivationData) -> str | None:
+    """What the run does with its activation store, if it has one."""
+    store = data.activation_store
+    if store is None:
+        return None
+    if store.complete:
+        return f"Reading activations from {store.folder}: the LM does not run in training"
+    return f"Writing activations to {store.folder}: {store.n_bytes / 1e9:,.2f} GB"
 
 
 def _fit(
@@ -265,6 +275,7 @@ def _fit(
         raise DictlearnError(f"{error} {_last_whole(run_dir)}") from None
     finally:
         torch.set_float32_matmul_precision("highest")  # evaluation selects latents in float32
+        setup.data.close()
     keep_newest(checkpoints)
     if stopper.requested is not None:  # perhaps after the last step, which is saved as well
         raise Stopped(f"{stopped.format(module.global_step)} (saved there).")
@@ -298,11 +309,13 @@ def _save(cfg: DictConfig, setup: Setup, folders: Mapping[str, Path]) -> dict[st
 def _metadata(cfg: DictConfig, lm: LM, text: TextData, entry: Entry) -> dict[str, Any]:
     """Where a dictionary comes from, in its cfg.json."""
     recorded: dict[str, Any] = {"kind": type(text).__name__, **asdict(text)}
-    recorded.pop("cache_dir")
+    for place in ("cache_dir", "store", "store_dtype"):
+        recorded.pop(place)
     return {
         "lm_name": lm.name,
         "lm_revision": lm.revision,
         "lm_dtype": lm.dtype,
+        "store_dtype": None if text.store is None else text.store_dtype,
         "ctx": text.ctx,
         "prepend_bos": (lm.tokenizer.bos_token_id or lm.tokenizer.eos_token_id) is not None,
         "data": recorded,

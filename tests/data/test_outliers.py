@@ -211,7 +211,7 @@ def test_data_filters_what_the_text_says(store, monkeypatch):
     """ActivationData: median first, then statistics and stream, for both kinds of stream."""
 
     class Text:
-        lm_batch_rows, block_rows, n_slices, max_norm_ratio = 3, 4, 3, 10.0
+        lm_batch_rows, block_rows, n_slices, max_norm_ratio, store = 3, 4, 3, 10.0, None
 
     for kind in ("shuffled", "sequences"):
         data = ActivationData.__new__(ActivationData)
