@@ -130,12 +130,12 @@ def test_a_reader_starts_from_the_statistics_of_the_writer(data: Make) -> None:
         reader.statistics(400)
 
 
-@pytest.mark.parametrize("batch_size", [7, 50, 64, 333, 2000])
+@pytest.mark.parametrize("batch_size", [7, 64, 2000])
 def test_any_batch_size_sites_and_fewer_tokens(data: Make, batch_size: int) -> None:
     wrote = batches(data())
     flat = {site: torch.cat([batch.acts[site] for batch in wrote]) for site in SITES}
     tokens = torch.cat([batch.tokens for batch in wrote])
-    for n_tokens in (1, 149, 150, 151, 1000):
+    for n_tokens in (1, 151, 1000):
         read = batches(data(n_tokens, sites=SITES[:1], batch_size=batch_size))
         assert len(read) == math.ceil(n_tokens / batch_size)
         n = min(len(read) * batch_size, N_TOKENS)
@@ -181,14 +181,15 @@ def test_epochs_end_up_in_the_store(data: Make) -> None:
 
 
 @pytest.mark.parametrize("size", [50, 30])
-def test_a_reader_resumes_at_every_batch(data: Make, size: int) -> None:
+def test_a_reader_resumes(data: Make, size: int) -> None:
     batches(data())
     stream = data(batch_size=size).train_dataloader()
     states, read = [stream.state_dict()], []
     for batch in stream:
         read.append(batch)
         states.append(stream.state_dict())
-    for done, state in enumerate(states):
+    for done in (0, 1, 3, 4, len(read) // 2, len(read) - 1, len(read)):
+        state = states[done]
         resumed = data(batch_size=size).train_dataloader()
         resumed.load_state_dict(json.loads(json.dumps(state)))
         assert resumed.state_dict() == state
@@ -197,7 +198,7 @@ def test_a_reader_resumes_at_every_batch(data: Make, size: int) -> None:
         data(batch_size=size + 1).train_dataloader().load_state_dict(states[1])
 
 
-@pytest.mark.parametrize("ended_after", [1, 3, 4, 9, 19, 20])
+@pytest.mark.parametrize("ended_after", [1, 3, 10, 20])
 def test_a_writer_that_was_ended_is_continued_from_any_checkpoint(
     data: Make, n_read: list[int], tmp_path: Path, ended_after: int
 ) -> None:
