@@ -3,7 +3,7 @@
 Every contender is a process with its own trainer on the same random token ids and the same LM with random weights,
 which is loaded before the clock starts. They take turns of --steps steps, enough for whole cycles of their buffers.
 Reported are tokens/s in steady state, the median over the rounds, and the seconds from the loaded LM to the first
-step. Prints a table and writes benchmarks/results/pipeline_<device>.json.
+step. The LM alone bounds all that read it. Prints a table and writes benchmarks/results/pipeline_<device>.json.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from table import table
 
 FOLDER = Path(__file__).parent
 CELLS = {"pythia-70m": (3, 4096), "gpt2": (8, 24_576), "tiny": (1, 256)}  # LM -> layer, latents
+OURS = "dictlearn"
 LM_BATCH_ROWS, N_SLICES = 32, 8  # ours by default; what a peer calls otherwise is set to the same
 
 
@@ -49,12 +50,17 @@ def contenders(lm: str, folder: str, arguments: argparse.Namespace) -> dict[str,
     until_full = (N_SLICES + 1) / 2 * arguments.block_rows * (CTX - 1) / batch_size  # the shuffle's first groups
     ours = {**spec, "n_warmup": int(until_full) + n_steps}
     mixed, full = {"precision": "mixed"}, {"precision": "float32"}
+    bfloat16 = {"lm_dtype": "bfloat16"}
+    float32 = {"lm_dtype": "float32"}
     found: dict[str, tuple[str, dict[str, Any]]] = {
-        "dictlearn": ("dictlearn", {**ours, **mixed, "lm_dtype": None}),
+        OURS: ("dictlearn", {**ours, **mixed, **(float32 if arguments.device == "cpu" else bfloat16)}),
+        "dictlearn, LM bfloat16": ("dictlearn", {**ours, **mixed, **bfloat16}),
+        "dictlearn, all float32": ("dictlearn", {**ours, **full, **float32}),
+        "the LM alone, float32": ("lm", {**spec, **full, **float32}),
+        "the LM alone, bfloat16": ("lm", {**spec, **full, **bfloat16}),
     }
-    if arguments.device == "cpu":
-        found["dictlearn, LM bfloat16"] = ("dictlearn", {**ours, **mixed, "lm_dtype": "bfloat16"})
-    found["dictlearn, all float32"] = ("dictlearn", {**ours, **full, "lm_dtype": "float32"})
+    if arguments.device == "cuda":
+        del found["dictlearn, LM bfloat16"]  # what ours is by default
     for peer in filter(None, arguments.peers.split(",")):
         found[peer] = (peer, {**spec, **full})
         found[f"{peer}, bfloat16"] = (peer, {**spec, **mixed})
@@ -78,7 +84,7 @@ def summary(result: dict[str, Any], n_steps: int, batch_size: int) -> dict[str, 
 def show(lm: str, results: dict[str, Any]) -> None:
     layer, n_latents = CELLS[lm]
     columns = ["contender", "tokens/s", "fastest", "ours / this", "setup s", "whole run, tokens/s"]
-    ours = next(iter(results.values()))
+    ours = results[OURS]
     rows = []
     for name, result in results.items():
         if "unavailable" in result:
@@ -91,6 +97,15 @@ def show(lm: str, results: dict[str, Any]) -> None:
             [name, f"{speed:,.0f}", f"{result['fastest']:,.0f}", ratio, f"{result['setup_seconds']:.1f}", whole]
         )
     print(table(f"{lm} shape, layer {layer}, {n_latents:,} latents", columns, rows), flush=True)
+    for name, ratio in over_fastest_peer(results).items():
+        print(f"{name}: {ratio:.2f} times the fastest peer", flush=True)
+
+
+def over_fastest_peer(results: dict[str, Any]) -> dict[str, float]:
+    """Speed of each of ours over that of the fastest peer, whatever its precision."""
+    speeds = {name: result["tokens_per_second"] for name, result in results.items() if "turns" in result}
+    peers = [speed for name, speed in speeds.items() if name.partition(",")[0] in PACKAGES]
+    return {name: speed / max(peers) for name, speed in speeds.items() if peers and name.partition(",")[0] == OURS}
 
 
 def main() -> None:
@@ -116,7 +131,8 @@ def main() -> None:
             if "turns" in result:
                 result |= summary(result, arguments.steps, arguments.batch_size)
         specs = {name: {**spec, "folder": lm} for name, (_, spec) in programs.items()}
-        cells.append({"lm": lm, "specs": specs, "contenders": results})
+        ratios = over_fastest_peer(results)
+        cells.append({"lm": lm, "specs": specs, "over_fastest_peer": ratios, "contenders": results})
         show(lm, results)
     report = {"hardware": hardware(), "peers": PACKAGES, "results": cells}
     (arguments.out / f"pipeline_{arguments.device}.json").write_text(json.dumps(report, indent=1) + "\n")

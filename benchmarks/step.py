@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,8 +18,7 @@ from typing import Any
 import torch
 from environments import PACKAGES, Unavailable, python_of
 from hardware import hardware
-from rich.console import Console
-from rich.table import Table
+from table import table
 
 FOLDER = Path(__file__).parent
 OURS, PRODUCT = "dictlearn", "product"
@@ -101,20 +99,20 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def show(results: list[dict[str, Any]], console: Console) -> None:
+def show(results: list[dict[str, Any]]) -> None:
     for cell in results:
         spec, times = cell["spec"], cell["contenders"]
         title = f"{spec['sparsifier']}, {spec['precision']}"
         title += f", {spec['dead_fraction']:.0%} dead with AuxK" if spec["dead_fraction"] else ""
-        table = Table("contender", "ms a step (median)", "fastest", "times ours", title=title, title_justify="left")
         ours = median(times[OURS]["seconds"]) if "seconds" in times[OURS] else None
+        rows = []
         for name, result in times.items():
             if "unavailable" in result:
-                table.add_row(name, result["unavailable"][:80], "", "")
+                rows.append([name, result["unavailable"][:80], "", ""])
                 continue
             middle, best = median(result["seconds"]), min(result["seconds"])
-            table.add_row(name, f"{1e3 * middle:.1f}", f"{1e3 * best:.1f}", f"{middle / ours:.2f}" if ours else "-")
-        console.print(table)
+            rows.append([name, f"{1e3 * middle:.1f}", f"{1e3 * best:.1f}", f"{middle / ours:.2f}" if ours else "-"])
+        print(table(title, ["contender", "ms a step (median)", "fastest", "times ours"], rows), flush=True)
 
 
 def main() -> None:
@@ -134,11 +132,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     arguments = parser.parse_args()
     names = [OURS, PRODUCT, *filter(None, arguments.peers.split(","))]
-    console = Console(width=None if sys.stdout.isatty() else 120)
     results = []
     for spec in cells(arguments):
         results.append({"spec": spec, "contenders": run(names, spec, arguments.rounds, arguments.warmup)})
-        show(results[-1:], console)
+        show(results[-1:])
     out = FOLDER / "results" / f"step_{arguments.device}.json"
     out.write_text(json.dumps({"hardware": hardware(), "peers": PACKAGES, "results": results}, indent=1) + "\n")
 
