@@ -75,6 +75,10 @@ def value_problems(cfg: DictConfig) -> list[str]:
         if not is_count(cfg[key], least)
     ]
     problems += dictionary_problems(cfg)
+    if (micro := cfg.micro_batch_size) is not None and not is_count(micro, 1):
+        problems.append(f"micro_batch_size must be null or a whole number above 0, got {micro!r}{_whole(micro)}")
+    elif micro is not None and is_count(cfg.batch_size, 1) and micro > cfg.batch_size:
+        problems.append(f"micro_batch_size must be at most batch_size = {cfg.batch_size}, got {micro}")
     if is_count(cfg.seed, 2**32):
         problems.append(f"seed must be below 2^32, got {cfg.seed}")
     choices = {

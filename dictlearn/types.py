@@ -90,6 +90,22 @@ class Output(NamedTuple):
     pre_acts: Tensor | None
 
 
+class LatentRows(NamedTuple):
+    """The weights of some latents in normalised units, one row each, with the site axes flattened."""
+
+    W_enc: Float[Tensor, "n reads"]
+    b_enc: Float[Tensor, " n"]
+    W_dec: Float[Tensor, "n writes"]
+
+    @staticmethod
+    def of(dictionary: Dictionary, latents: Int[Tensor, " n"]) -> LatentRows:
+        return LatentRows(
+            dictionary.flat_W_enc.T.index_select(0, latents),
+            dictionary.b_enc.index_select(0, latents),
+            dictionary.flat_W_dec.index_select(0, latents),
+        )
+
+
 @dataclass(frozen=True)
 class Step:
     """One training step of one dictionary, in normalised units, with the site axes flattened.
@@ -98,6 +114,10 @@ class Step:
     mean over tokens of ||target - mean||^2 per write site, a constant of the run, so that losses and coefficients
     mean the same at every batch size and activation scale. `dead` lists the latents counted as dead, or is None
     when there are none.
+
+    What a training loop may add: `dead_rows` are their weights, to learn through in place of the dictionary's own.
+    Of a step that is a chunk of a batch, `residual_variance` is the whole batch's mean of ||r - mean r||^2 over its
+    tokens, with r = target - recon.
     """
 
     dictionary: Dictionary
@@ -107,6 +127,8 @@ class Step:
     latents: Latents
     variance: Float[Tensor, " n_writes"]
     dead: Int[Tensor, " n_dead"] | None = None
+    dead_rows: LatentRows | None = None
+    residual_variance: Scalar | None = None
 
     def per_site(self, flat: Float[Tensor, "batch writes"]) -> Float[Tensor, "batch n_writes d_out"]:
         return flat.unflatten(-1, (len(self.variance), -1))

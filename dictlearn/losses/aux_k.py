@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from dictlearn.kernels import decode, encode_top_k
-from dictlearn.types import DictlearnError, Latents, Scalar, Step
+from dictlearn.types import DictlearnError, LatentRows, Latents, Scalar, Step
 
 DENSE_BELOW = 16  # dead latents per wanted one: fewer cost less as dense products than as sparse ones
 
@@ -28,6 +30,8 @@ class AuxK:
     Raises DictlearnError for a negative or infinite coefficient, and for a `k` that is no count.
     """
 
+    revives_dead: ClassVar[bool] = True
+
     def __init__(self, coefficient: float = 1 / 32, k: int | None = None) -> None:
         number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
         if not number or not 0 <= coefficient < math.inf:
@@ -40,19 +44,19 @@ class AuxK:
         """None while no latent is dead."""
         if step.dead is None:
             return None
-        dictionary = step.dictionary
         n_dead = len(step.dead)
         wanted = self.k or max(1, step.x.shape[-1] // 2)
-        W_enc = dictionary.flat_W_enc.T.index_select(0, step.dead).T  # [d_in, n_dead], latent-major
-        b_enc, W_dec = dictionary.b_enc[step.dead], dictionary.flat_W_dec.index_select(0, step.dead)
+        W_enc, b_enc, W_dec = step.dead_rows or LatentRows.of(step.dictionary, step.dead)
         k = min(wanted, n_dead)
         if n_dead <= DENSE_BELOW * k:
-            latents: Latents = _dense_top_k(step.x @ W_enc + b_enc, k)  # [batch, n_dead]
+            latents: Latents = _dense_top_k(F.linear(step.x, W_enc, b_enc), k)  # [batch, n_dead]
         else:
-            latents = encode_top_k(step.x, W_enc, b_enc, k)
-        recon = decode(latents, W_dec)
+            latents = encode_top_k(step.x, W_enc.T, b_enc, k)
         residual = (step.target - step.recon).detach()
-        return self.coefficient * min(n_dead / wanted, 1.0) * _fvu(residual, recon)
+        error = F.mse_loss(decode(latents, W_dec), residual, reduction="sum") / len(residual)
+        variance = _variance(residual) if step.residual_variance is None else step.residual_variance
+        fvu = error / variance.clamp_min(1e-12)  # of an exact target nothing is left to explain
+        return self.coefficient * min(n_dead / wanted, 1.0) * fvu
 
 
 def _dense_top_k(pre_acts: Float[Tensor, "batch n_dead"], k: int) -> Float[Tensor, "batch n_dead"]:
@@ -60,7 +64,6 @@ def _dense_top_k(pre_acts: Float[Tensor, "batch n_dead"], k: int) -> Float[Tenso
     return torch.zeros_like(pre_acts).scatter(-1, indices, values.relu())
 
 
-def _fvu(target: Float[Tensor, "batch width"], recon: Float[Tensor, "batch width"]) -> Scalar:
-    """SSE over the batch's sum of squares about its mean; an exact target has nothing to explain."""
-    baseline = (target - target.mean(0)).square().sum()
-    return (target - recon).square().sum() / baseline.clamp_min(1e-12)
+def _variance(residual: Float[Tensor, "batch width"]) -> Scalar:
+    """The mean over tokens of ||r - mean r||^2."""
+    return (residual - residual.mean(0)).square().sum(-1).mean()

@@ -46,7 +46,13 @@ def build_members(
         optimizer = build(entry.config.optimizer)
         dead_after_tokens = dead_after(entry.config.dead_after_tokens, cfg.n_tokens)
         learner = Learner(
-            entry.name, dictionary, build(entry.config.objective), variance, dead_after_tokens, optimizer.clip_norm
+            entry.name,
+            dictionary,
+            build(entry.config.objective),
+            variance,
+            dead_after_tokens,
+            optimizer.clip_norm,
+            cfg.micro_batch_size,
         )
         members.append(Member(learner, optimizer, build(entry.config.schedule)))
     return members

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dictlearn.config import NORMALISE
 from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries import Dictionary
+from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
-from dictlearn.types import DictlearnError, Scalar, Step
+from dictlearn.types import DictlearnError, LatentRows, Scalar, Step
 
 
 @runtime_checkable
 class LossTerm(Protocol):
-    """A shared loss term: its coefficient included; None when it does not apply to this step."""
+    """A shared loss term: its coefficient included; None when it does not apply to this step.
+
+    It is a mean over the tokens of the step, without other denominators of the batch, so that chunks of a batch add
+    up. A term with a true attribute `revives_dead` gets `step.dead_rows` to learn through, and in a chunk
+    `step.residual_variance`.
+    """
 
     def __call__(self, step: Step) -> Scalar | None: ...
 
@@ -27,7 +34,8 @@ class Learner(nn.Module):
     """A dictionary with its objective.
 
     The objective is the dictionary's own losses, the sparsifier's penalty and the terms of the run's objective.
-    `variance` [n_writes] is that of the normalised targets, estimated once before the run.
+    `variance` [n_writes] is that of the normalised targets, estimated once before the run. `micro_batch_size` is
+    the largest number of activations whose pre-activations are in memory at once; None: the whole batch.
     """
 
     variance: Tensor
@@ -40,26 +48,98 @@ class Learner(nn.Module):
         variance: Float[Tensor, " n_writes"],
         dead_after_tokens: int,
         clip_norm: float | None,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.dictionary = dictionary
         self.terms = dict(terms)
+        self.revives_dead = any(getattr(term, "revives_dead", False) for term in self.terms.values())
         self.clip_norm = clip_norm
+        self.micro_batch_size = micro_batch_size
         self.register_buffer("variance", variance)
         width = dictionary.flat_W_dec.shape[-1]
         self.statistics = TrainingStatistics(dictionary.n_latents, width, dead_after_tokens)
 
     def loss(self, batch: Batch) -> Scalar:
-        """The total loss on one batch; counts it in the statistics."""
-        dictionary = self.dictionary
+        """The total loss on one batch; counts it in the statistics.
+
+        A batch of more than `micro_batch_size` activations goes through in chunks. Each chunk's gradients are taken
+        at once, in proportion to its size, so that its graph is gone before the next one begins; all terms are
+        means over tokens, so loss and gradients are those of the whole batch up to rounding. While latents are
+        dead, a term that revives them costs a further pass without gradients, for the whole batch's residual.
+        """
+        dictionary, dead = self.dictionary, self.statistics.dead
         x, target = dictionary.select_reads(batch.acts), dictionary.select_writes(batch.acts)
-        step = dictionary.step(x, target, self.variance, self.statistics.dead)
+        revived = dead if self.revives_dead else None
+        size = min(self.micro_batch_size or len(x), len(x))
+        if size == len(x) and revived is None:
+            loss = self._total(dictionary.step(x, target, self.variance, dead))
+        else:
+            parameters = list(dictionary.parameters())
+            chunks = list(zip(x.split(size), target.split(size), strict=True))
+            loss = with_gradients(parameters, lambda: self._accumulate(parameters, chunks, revived))
+        self.statistics.end_step(loss.detach(), len(x))
+        return loss
+
+    def _total(self, step: Step) -> Scalar:
+        """The loss on a step or a chunk of one, which is counted."""
+        dictionary = self.dictionary
         parts = list(dictionary.losses(step).values())
         parts += [dictionary.sparsifier.penalty(step), *(term(step) for term in self.terms.values())]
-        loss = torch.stack([part for part in parts if part is not None]).sum()
-        self.statistics.update(step, loss.detach())
-        return loss
+        self.statistics.count(step)
+        return torch.stack([part for part in parts if part is not None]).sum()
+
+    def _accumulate(
+        self,
+        parameters: list[nn.Parameter],
+        chunks: Sequence[tuple[Tensor, Tensor]],
+        revived: Int[Tensor, " n_dead"] | None,
+    ) -> Scalar:
+        """The loss on all chunks; adds its gradients to `.grad` of the parameters.
+
+        Dead latents that a term revives have their own copies of their weights in it: a second gradient of whole
+        weights would cost as much as all the rest of that term.
+        """
+        dictionary = self.dictionary
+        n_tokens = sum(len(x) for x, _ in chunks)
+        rows = residual_variance = None
+        if revived is not None:
+            rows = LatentRows(*(row.detach().requires_grad_() for row in LatentRows.of(dictionary, revived)))
+            residual_variance = self._residual_variance(chunks) if len(chunks) > 1 else None
+        leaves = [*parameters, *(rows or ())]
+
+        def chunk_loss(x: Tensor, target: Tensor) -> Scalar:
+            step = dictionary.step(x, target, self.variance, self.statistics.dead)
+            step = replace(step, dead_rows=rows, residual_variance=residual_variance)
+            loss = self._total(step) * (len(x) / n_tokens)
+            with torch.autocast(x.device.type, enabled=False):
+                loss.backward(inputs=leaves)
+            return loss.detach()
+
+        total = torch.stack([chunk_loss(*chunk) for chunk in chunks]).sum()
+        if rows is not None and revived is not None:
+            _add_to_rows_(dictionary, rows, revived)
+        return total
+
+    @torch.no_grad()
+    def _residual_variance(self, chunks: Sequence[tuple[Tensor, Tensor]]) -> Scalar:
+        """The mean over all tokens of ||r - mean r||^2, r = target - recon: that within chunks and that between."""
+        n_tokens = sum(len(x) for x, _ in chunks)
+        shares = [len(x) / n_tokens for x, _ in chunks]
+        means, within = [], []
+        for x, target in chunks:
+            residual = self._residual(x, target)
+            means.append(residual.mean(0))
+            within.append((residual - means[-1]).square().sum(-1).mean())
+        torch.clear_autocast_cache()  # torch 2.9 would use weights cast without a gradient in the passes with one
+        mean = sum(share * m for share, m in zip(shares, means, strict=True))
+        between = [(m - mean).square().sum() for m in means]
+        return torch.stack([s * (w + b) for s, w, b in zip(shares, within, between, strict=True)]).sum()
+
+    def _residual(self, x: Tensor, target: Tensor) -> Float[Tensor, "chunk writes"]:
+        step = self.dictionary.step(x, target, self.variance)
+        return step.target - step.recon
 
     def clip_gradients_(self) -> None:
         """Project the decoder gradient where the decoder is constrained, then clip this dictionary's norm."""
@@ -70,6 +150,18 @@ class Learner(nn.Module):
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if norm.is_cuda or norm > self.clip_norm:  # a look at it waits for a GPU
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+
+
+@torch.no_grad()
+def _add_to_rows_(dictionary: Dictionary, rows: LatentRows, latents: Int[Tensor, " n"]) -> None:
+    """Add the gradients of `rows` to those of the dictionary's weights."""
+    for weight, row in zip((dictionary.W_enc, dictionary.b_enc, dictionary.W_dec), rows, strict=True):
+        if row.grad is None:
+            continue
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        by_latent = weight.grad.movedim(-1, 0) if weight is dictionary.W_enc else weight.grad
+        by_latent.index_add_(0, latents, row.grad.view(len(latents), *by_latent.shape[1:]))
 
 
 def prepare(

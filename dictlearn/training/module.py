@@ -72,6 +72,7 @@ class DictionaryTraining(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         for member in self.members:
             member.learner.dictionary.project_()
+        self.zero_grad()  # a batch in chunks takes its gradients before Lightning would free these
 
     def on_train_batch_start(self, batch: Batch | Sequences, batch_idx: int) -> None:
         # A window ends before the next step, not after its last: a checkpoint saved between the two then holds

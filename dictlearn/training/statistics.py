@@ -60,16 +60,23 @@ class TrainingStatistics(nn.Module):
         return self._dead
 
     @torch.no_grad()
-    def update(self, step: Step, loss: Scalar) -> None:
-        """Add one step; `loss` is its total loss."""
+    def count(self, step: Step) -> None:
+        """Add the tokens of a step, or of a chunk of one.
+
+        Sums over a token's width and over the tokens of one call are taken in float32, and summed up in float64.
+        """
         _count_fired_(self.fired, step.latents)
+        error = torch.linalg.vector_norm(step.target - step.recon, dim=-1).double().square().sum()
+        sum_sq = torch.linalg.vector_norm(step.target, dim=-1).double().square().sum()
+        self.sums[1:] += torch.stack([error.new_full((), len(step.x)), error, sum_sq])
+        self.target_sum += step.target.sum(0)
+
+    @torch.no_grad()
+    def end_step(self, loss: Scalar, n_tokens: int) -> None:
+        """Close a step of `n_tokens` counted tokens; `loss` is its total loss, a mean over them."""
         self.is_finite &= loss.isfinite()
         self.n_finite += self.is_finite
-        n_tokens = len(step.x)
-        error = (step.target - step.recon).square().sum(-1).sum(dtype=torch.float64)
-        sum_sq = step.target.square().sum(-1).sum(dtype=torch.float64)
-        self.sums += torch.stack([loss.double() * n_tokens, error.new_full((), n_tokens), error, sum_sq])
-        self.target_sum += step.target.sum(0, dtype=torch.float64)
+        self.sums[0] += loss.double() * n_tokens
 
     @torch.no_grad()
     def flush(self) -> WindowMetrics:
