@@ -29,7 +29,10 @@ N_STEPS = 10**6  # of a run that ends when it is told to
 
 
 def load_data(spec: dict[str, Any], names: Sequence[str]) -> ActivationData:
-    """Activations of the LM in spec["folder"] at the sites `names`; its text is tokenised before this returns."""
+    """Activations of the LM in spec["folder"] at the sites `names`; its text is tokenised before this returns.
+
+    With spec["store_steps"], from a store of as many steps.
+    """
     folder = Path(spec["folder"])
     lm = load_lm(str(folder), dtype=spec["lm_dtype"], device=spec["device"])
     text = LocalText(
@@ -39,9 +42,11 @@ def load_data(spec: dict[str, Any], names: Sequence[str]) -> ActivationData:
         block_rows=spec["block_rows"],
         heldout_min_tokens=0,
         cache_dir=str(folder / "cache"),
+        store=str(folder / "acts") if "store_steps" in spec else None,
     )
     sites = [resolve(lm.model, name) for name in names]
-    data = ActivationData(text, lm, sites, spec["batch_size"], N_STEPS * spec["batch_size"])
+    n_tokens = spec.get("store_steps", N_STEPS) * spec["batch_size"]
+    data = ActivationData(text, lm, sites, spec["batch_size"], n_tokens)
     data.store.wait(10**9)
     return data
 

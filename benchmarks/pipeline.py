@@ -56,6 +56,7 @@ def contenders(lm: str, folder: str, arguments: argparse.Namespace) -> dict[str,
         OURS: ("dictlearn", {**ours, **mixed, **(float32 if arguments.device == "cpu" else bfloat16)}),
         "dictlearn, LM bfloat16": ("dictlearn", {**ours, **mixed, **bfloat16}),
         "dictlearn, all float32": ("dictlearn", {**ours, **full, **float32}),
+        "dictlearn, from a store": ("dictlearn", {**spec, **mixed, **bfloat16, "store_steps": 4 * n_steps}),
         "the LM alone, float32": ("lm", {**spec, **full, **float32}),
         "the LM alone, bfloat16": ("lm", {**spec, **full, **bfloat16}),
     }

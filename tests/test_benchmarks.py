@@ -53,9 +53,16 @@ def turns_of(fit: ModuleType, worker: ModuleType, spec: dict[str, Any], monkeypa
 
 def test_the_programs_of_ours_take_turns(load: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {**SPEC, "folder": str(folder), "sites": ["resid_post.0", "resid_post.2"], "d": 16, "callbacks": True}
-    beside = {"dictlearn": set(), "many": {"lm_seconds", "single_steps_seconds"}, "loop": {"bare_seconds"}}
+    beside: dict[str, set[str]] = {
+        "dictlearn": set(),
+        "many": {"lm_seconds", "single_steps_seconds"},
+        "loop": {"bare_seconds"},
+    }
+    beside["dictlearn from a store"] = set()
     for program, further in beside.items():
-        turns = turns_of(load(f"fit_{program}"), load("fit_worker"), spec, monkeypatch)
+        name, _, from_store = program.partition(" ")
+        with_store = {**spec, "store_steps": 2} if from_store else spec  # read twice and a half
+        turns = turns_of(load(f"fit_{name}"), load("fit_worker"), with_store, monkeypatch)
         assert [turn["n_steps"] for turn in turns] == [2, 5]
         assert turns[1]["busy_seconds"] == pytest.approx(turns[0]["seconds"] + turns[1]["seconds"])
         assert further == set(turns[0]) - {"seconds", "busy_seconds", "n_steps", "setup_seconds"}
