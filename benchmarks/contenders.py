@@ -22,12 +22,12 @@ ENVIRONMENT = {
 
 
 class Contender:
-    """A program that trains when asked. Raises Unavailable where it cannot."""
+    """A program that trains when asked, as `worker` lets it. Raises Unavailable where it cannot."""
 
-    def __init__(self, program: str, spec: Mapping[str, Any]) -> None:
+    def __init__(self, program: str, spec: Mapping[str, Any], worker: Path = WORKER) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python_of(program), str(WORKER), program],
+            [python_of(program), str(worker), program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -39,8 +39,8 @@ class Contender:
             self.close()
             raise Unavailable(answer)
 
-    def turn(self, n_steps: int) -> dict[str, Any]:
-        """Train `n_steps`: "seconds" of them, and what the program measured beside; see fit_worker.py."""
+    def turn(self, n_steps: int) -> Any:
+        """Train `n_steps`; what the worker answers (fit_worker.py, worker.py)."""
         return json.loads(self._ask(str(n_steps)))
 
     def close(self) -> None:

@@ -80,7 +80,9 @@ def curves(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
     site = resolve(lm.model, arguments.site)
     data = ActivationData(EmbeddedText(seed=1), lm, [site], arguments.batch_size, arguments.n_tokens, seed=0)
     width = 128
-    sae = Linear(width, width, arguments.expansion * width, TopK(arguments.k), reads=[site.name], writes=[site.name])
+    sae = Linear(
+        width, width, arguments.expansion * width, TopK(arguments.k), reads=[site.name], writes=[site.name]
+    )
     statistics = data.statistics()
     variance = prepare(sae, statistics, "mean_norm", torch.Generator().manual_seed(0))
     dead_after = arguments.n_tokens // 10

@@ -80,6 +80,7 @@ def main() -> None:
             result |= summary(result["turns"], arguments.steps)
     show(results)
     report = {"hardware": hardware(), "spec": {**spec, "folder": None}, "results": results}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"loop_{arguments.device}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -114,6 +114,7 @@ def main() -> None:
     show(found, n_sites, f"{arguments.lm} shape, {n_sites} layers, {sizes}")
     spec = {key: value for key, value in vars(arguments).items() if key != "out"}
     report = {"hardware": hardware(), "spec": spec, "summary": found, "results": results}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"many_{arguments.device}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

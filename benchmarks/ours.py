@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import bare  # noqa: F401
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback

@@ -136,6 +136,7 @@ def main() -> None:
         cells.append({"lm": lm, "specs": specs, "over_fastest_peer": ratios, "contenders": results})
         show(lm, results)
     report = {"hardware": hardware(), "peers": PACKAGES, "results": cells}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"pipeline_{arguments.device}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

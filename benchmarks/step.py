@@ -1,62 +1,28 @@
 """One training step of a dictionary, beside the peers: `python benchmarks/step.py [--help]`.
 
 Every contender is a process of its own with the same planted batches; they take turns, a few steps each, so that a
-noisy machine is noisy for all. Reported is the median over the rounds, as a ratio to ours, beside the dense product
-of the encoder alone. Prints a table and writes benchmarks/results/step_<device>.json.
+noisy machine is noisy for all. Reported is the median over the rounds, as a ratio to ours and as a fraction of the
+limit: the dense product of the encoder, and moving the bytes that Adam has to (peers/run_limit.py). Prints a table
+and writes benchmarks/results/step_<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from environments import PACKAGES, Unavailable, python_of
+from contenders import Contender
+from environments import PACKAGES, Unavailable
 from hardware import hardware
 from table import table
 
 FOLDER = Path(__file__).parent
-OURS, PRODUCT = "dictlearn", "product"
-
-
-class Contender:
-    """A worker process that makes steps when asked. Raises Unavailable where it cannot."""
-
-    def __init__(self, name: str, spec: dict[str, Any]) -> None:
-        self.process = subprocess.Popen(
-            [python_of(name), str(FOLDER / "worker.py"), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # threads that spin are in the way of the next one's
-        )
-        answer = self._ask(json.dumps(spec))
-        if answer != "ready":
-            self.close()
-            raise Unavailable(answer)
-
-    def steps(self, n: int) -> list[float]:
-        """Seconds of each of `n` steps."""
-        return json.loads(self._ask(str(n)))
-
-    def close(self) -> None:
-        self.process.communicate()
-
-    def _ask(self, line: str) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline().strip()
-        if not answer:
-            raise Unavailable((self.process.communicate()[1].strip().splitlines() or ["it ended"])[-1])
-        return answer
+OURS, LIMIT, PRODUCT = "dictlearn", "limit", "product"
 
 
 def run(names: list[str], spec: dict[str, Any], n_rounds: int, n_warmup: int) -> dict[str, Any]:
@@ -65,15 +31,15 @@ def run(names: list[str], spec: dict[str, Any], n_rounds: int, n_warmup: int) ->
     contenders: dict[str, Contender] = {}
     for name in names:
         try:
-            contenders[name] = Contender(name, spec)
-            contenders[name].steps(n_warmup)
+            contenders[name] = Contender(name, spec, FOLDER / "worker.py")
+            contenders[name].turn(n_warmup)
             results[name] = {"seconds": []}
         except Unavailable as error:
             results[name] = {"unavailable": str(error)}
     running = [name for name in names if "seconds" in results[name]]
     for _ in range(n_rounds):
         for name in running:
-            results[name]["seconds"] += contenders[name].steps(3)[1:]  # the first finds the caches of others
+            results[name]["seconds"] += contenders[name].turn(3)[1:]  # the first finds the caches of others
     for name in running:
         contenders[name].close()
     return results
@@ -104,15 +70,17 @@ def show(results: list[dict[str, Any]]) -> None:
         spec, times = cell["spec"], cell["contenders"]
         title = f"{spec['sparsifier']}, {spec['precision']}"
         title += f", {spec['dead_fraction']:.0%} dead with AuxK" if spec["dead_fraction"] else ""
-        ours = median(times[OURS]["seconds"]) if "seconds" in times[OURS] else None
+        ours, limit = (median(times[name].get("seconds", [math.nan])) for name in (OURS, LIMIT))
         rows = []
         for name, result in times.items():
             if "unavailable" in result:
-                rows.append([name, result["unavailable"][:80], "", ""])
+                rows.append([name, result["unavailable"][:80], "", "", ""])
                 continue
             middle, best = median(result["seconds"]), min(result["seconds"])
-            rows.append([name, f"{1e3 * middle:.1f}", f"{1e3 * best:.1f}", f"{middle / ours:.2f}" if ours else "-"])
-        print(table(title, ["contender", "ms a step (median)", "fastest", "times ours"], rows), flush=True)
+            ratios = [f"{middle / ours:.2f}", f"{limit / middle:.0%}"]
+            rows.append([name, f"{1e3 * middle:.1f}", f"{1e3 * best:.1f}", *ratios])
+        columns = ["contender", "ms a step (median)", "fastest", "times ours", "of the limit"]
+        print(table(title, columns, rows), flush=True)
 
 
 def main() -> None:
@@ -131,8 +99,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     arguments = parser.parse_args()
-    names = [OURS, PRODUCT, *filter(None, arguments.peers.split(","))]
-    results = []
+    names = [OURS, LIMIT, PRODUCT, *filter(None, arguments.peers.split(","))]
+    results: list[dict[str, Any]] = []
     for spec in cells(arguments):
         results.append({"spec": spec, "contenders": run(names, spec, arguments.rounds, arguments.warmup)})
         show(results[-1:])

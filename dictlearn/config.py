@@ -11,15 +11,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from dictlearn.choices import ACCELERATORS, DTYPES, NORMALISE, PRECISIONS, STREAMS, is_count
 from dictlearn.types import DictlearnError
 
 T = TypeVar("T")
 AT_LEAST = {"n_tokens": 1, "batch_size": 1, "statistics_n_tokens": 1, "seed": 0}
-NORMALISE = ("mean_norm", "none", "layer_norm")
-STREAMS = ("shuffled", "sequences")
-PRECISIONS = ("32-true", "bf16-mixed")
-ACCELERATORS = ("cpu", "gpu")
-DTYPES = ("float32", "bfloat16", "float16")
 WHOLE = ("lm", "data", "trainer", "evaluation", "dictionaries", "sparsifier", "optimizer", "schedule", "objective")
 
 
@@ -190,10 +186,6 @@ def _shared_parent(cfg: DictConfig, key: str) -> str | None:
 
 
 _ABSENT = object()
-
-
-def is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def plain(value: Any) -> Any:

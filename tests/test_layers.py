@@ -11,6 +11,7 @@ PACKAGE = Path(dictlearn.__file__).parent
 LAYER = {
     "types": 0,
     "registry": 0,
+    "choices": 0,
     "config": 0,
     "files": 0,
     "overrides": 0,

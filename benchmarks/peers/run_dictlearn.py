@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import bare  # noqa: F401
 import torch
 
 from dictlearn.data import Batch

@@ -12,7 +12,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from dictlearn.config import STREAMS
+from dictlearn.choices import STREAMS
 from dictlearn.data.base import Stream
 from dictlearn.data.manifest import STORE_DTYPES
 from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics

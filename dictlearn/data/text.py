@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dictlearn.config import is_count
+from dictlearn.choices import is_count
 from dictlearn.data.heldout import MOST_HELDOUT, heldout_threshold
 from dictlearn.data.packing import CacheError, PackingSpec, cached_in, write_atomically
 from dictlearn.data.readers import READERS, SourceError

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dictlearn.config import is_count
+from dictlearn.choices import is_count
 from dictlearn.evaluation.context import (
     EvaluationContext,
     MaskKey,

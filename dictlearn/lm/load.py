@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from dictlearn.config import DTYPES
+from dictlearn.choices import DTYPES
 from dictlearn.embedded import LM_FOLDER
 from dictlearn.lm.download import CHOICES, commit_of
 from dictlearn.lm.fingerprint import fingerprint

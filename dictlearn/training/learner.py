@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dictlearn.config import NORMALISE
+from dictlearn.choices import NORMALISE
 from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries import Dictionary
 from dictlearn.training.gradients import with_gradients

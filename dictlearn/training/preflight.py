@@ -9,12 +9,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
+from dictlearn.choices import is_count
 from dictlearn.config import (
     ConfigError,
     build,
     collect,
     dictionary_problems,
-    is_count,
     missing,
     unused_overrides,
     value_problems,

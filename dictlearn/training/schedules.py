@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dictlearn.config import is_count
+from dictlearn.choices import is_count
 from dictlearn.types import DictlearnError
 
 
