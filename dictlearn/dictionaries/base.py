@@ -228,10 +228,14 @@ class Dictionary(nn.Module, ABC):
             normalise_rows_(self.flat_W_dec)
 
     @torch.no_grad()
-    def project_gradient_(self) -> None:
-        """Before clipping: drop the part of the decoder gradient that the projection would undo."""
-        if self.decoder_norm == "unit" and self.W_dec.grad is not None:
-            project_rows_(self.W_dec.grad.view_as(self.flat_W_dec), self.flat_W_dec)
+    def project_gradient_(self) -> Scalar | None:
+        """Before clipping: drop the part of the decoder gradient that the projection would undo.
+
+        Returns the squared norm of what is left of W_dec's gradient; None where nothing is dropped.
+        """
+        if self.decoder_norm == "free" or self.W_dec.grad is None:
+            return None
+        return project_rows_(self.W_dec.grad.view_as(self.flat_W_dec), self.flat_W_dec).sum()
 
     @torch.no_grad()
     def initialise_(

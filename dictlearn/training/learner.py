@@ -143,11 +143,14 @@ class Learner(nn.Module):
 
     def clip_gradients_(self) -> None:
         """Project the decoder gradient where the decoder is constrained, then clip this dictionary's norm."""
-        self.dictionary.project_gradient_()
+        square = self.dictionary.project_gradient_()
         if self.clip_norm is None:
             return
         parameters = list(self.dictionary.parameters())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        known = None if square is None else self.dictionary.W_dec
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None and p is not known])
+        if square is not None:
+            norm = torch.hypot(norm, square.sqrt())
         if norm.is_cuda or norm > self.clip_norm:  # a look at it waits for a GPU
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
 
