@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -40,8 +41,8 @@ class Sparsifier(nn.Module, ABC):
         W_enc: Float[Tensor, "d_in n_latents"],
         b_enc: Float[Tensor, " n_latents"],
     ) -> Latents:
-        """What a training step uses: compact where that is cheaper."""
-        return self.encode_sparse(x, W_enc, b_enc) if self.compact else self(x @ W_enc + b_enc)
+        """What a training step uses: compact where that is cheaper, else dense, under autocast in its type."""
+        return self.encode_sparse(x, W_enc, b_enc) if self.compact else self(F.linear(x, W_enc.T, b_enc))
 
     def penalty(self, step: Step) -> Scalar | None:  # noqa: ARG002
         """The sparsity loss, coefficient included; None where the selection itself is sparse."""

@@ -36,7 +36,7 @@ class ReLU(Sparsifier):
         if isinstance(step.latents, SparseLatents):
             total = (step.latents.values * norms[step.latents.indices]).sum()
         else:
-            total = (step.latents @ norms).sum()
+            total = (step.latents.sum(0, dtype=norms.dtype) * norms).sum()
         return self.l1 * total / (len(step.x) * spread)
 
     def config(self) -> dict[str, Any]:

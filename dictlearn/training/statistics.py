@@ -107,4 +107,4 @@ def _count_fired_(fired: Int[Tensor, " n_latents"], latents: Latents) -> None:
     if isinstance(latents, SparseLatents):
         fired.index_add_(0, latents.indices, (latents.values > 0).to(fired.dtype))
     else:
-        fired.add_((latents > 0).flatten(0, -2).sum(0))
+        fired.add_((latents > 0).flatten(0, -2).sum(0, dtype=torch.int32))

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dictlearn.kernels.triton import on_the_device_of_the_first
+
 GROUP = 16  # columns
 MOST_GROUPS = 16_384  # of a row, held by one program
 TILE_BYTES = 128 * 2**20  # of pre-activations in memory at once
@@ -26,6 +28,7 @@ def fits(n_latents: int, m: int) -> bool:
     return m <= n_groups <= MOST_GROUPS and triton.next_power_of_2(m) * GROUP <= MOST_GROUPS
 
 
+@on_the_device_of_the_first
 def propose(
     x: Float[Tensor, "n_tokens d"], rows: Float[Tensor, "n_latents d"], b: Float[Tensor, " n_latents"], m: int
 ) -> tuple[Float[Tensor, "n_tokens m"], Int[Tensor, "n_tokens m"]]:

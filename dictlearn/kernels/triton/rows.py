@@ -8,7 +8,10 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from dictlearn.kernels.triton import on_the_device_of_the_first
 
+
+@on_the_device_of_the_first
 def project_rows_(grad: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """Subtract from each row of `grad` its part along the unit row of `rows`; the squared norms that are left."""
     (n, d), squares = grad.shape, torch.empty(len(grad), dtype=torch.float32, device=grad.device)
@@ -17,6 +20,7 @@ def project_rows_(grad: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Flo
     return squares
 
 
+@on_the_device_of_the_first
 def normalise_rows_(rows: Float[Tensor, "n d"]) -> None:
     """Divide each row by its norm."""
     n, d = rows.shape

@@ -8,11 +8,14 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dictlearn.kernels.triton import on_the_device_of_the_first
+
 BLOCK_ENTRIES = 16
 WIDEST = 1024  # columns of one program
 PIECE = 64  # entries of one latent that one program sums
 
 
+@on_the_device_of_the_first
 def decode(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
@@ -30,6 +33,7 @@ def decode(
     return out
 
 
+@on_the_device_of_the_first
 def row_products(
     x: Float[Tensor, "n_tokens d"],
     rows: Float[Tensor, "n_latents d"],
@@ -47,6 +51,7 @@ def row_products(
     return out
 
 
+@on_the_device_of_the_first
 def scatter_outer(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],

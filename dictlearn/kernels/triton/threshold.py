@@ -8,10 +8,13 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dictlearn.kernels.triton import on_the_device_of_the_first
+
 BLOCK = 4096
 BLOCKS_PER_PROGRAM = 8  # of the histogram, whose programs meet in 256 counters
 
 
+@on_the_device_of_the_first
 def top_entries(values: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
     """Where the `m` largest of `values` are, ascending; of equal ones the first.
 
