@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from environments import Unavailable, python_of
+from environments import PACKAGES, Unavailable, python_of
 
 WORKER = Path(__file__).parent / "fit_worker.py"
 ENVIRONMENT = {
@@ -18,6 +18,9 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+}
+OURS = {  # as train.py has it; torch reads it once, before any of our code runs
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 
@@ -32,7 +35,7 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **({} if program in PACKAGES else OURS)},
         )
         answer = self._ask(json.dumps(spec))
         if answer != "ready":

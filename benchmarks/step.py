@@ -55,13 +55,13 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "device": arguments.device,
         "n_threads": torch.get_num_threads(),
     }
-    found = [
-        {**shared, "sparsifier": sparsifier, "precision": precision, "dead_fraction": 0.0}
-        for sparsifier in arguments.sparsifiers.split(",")
-        for precision in arguments.precisions.split(",")
-    ]
-    if "top_k" in arguments.sparsifiers:
-        found.insert(1, {**found[0], "dead_fraction": 0.05})
+    found = []
+    for sparsifier in arguments.sparsifiers.split(","):
+        for i, precision in enumerate(arguments.precisions.split(",")):
+            cell = {**shared, "sparsifier": sparsifier, "precision": precision, "dead_fraction": 0.0}
+            found.append(cell)
+            if sparsifier == "top_k" and i == 0:
+                found.append({**cell, "dead_fraction": 0.05})
     return found
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 
 from ours import STATISTICS_TOKENS, Gated, load_data, make_member, make_module, make_trainer
 

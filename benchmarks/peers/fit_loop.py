@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 
 import torch
 from ours import N_STEPS, BareLoop, Gated, make_member, make_module, make_trainer

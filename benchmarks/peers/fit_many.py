@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 
 import torch
 from ours import STATISTICS_TOKENS, BareLoop, Gated, load_data, make_member, make_module, make_trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,6 @@ from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.learner import Learner
 from dictlearn.training.optimizers import Adam, build_optimizer
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 
 
 def make_step(spec: dict[str, Any], x: torch.Tensor) -> Callable[[torch.Tensor], object]:

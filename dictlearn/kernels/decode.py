@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dictlearn.kernels import backend
 from dictlearn.kernels.gather import row_products, scatter_outer
@@ -31,7 +32,8 @@ class _Decode(torch.autograd.Function):
         return sum_of_rows(values, indices, offsets, W_dec)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:  # type: ignore[override]
         values, indices, offsets, W_dec = ctx.saved_tensors
         grad_values = grad_W = None
         if ctx.needs_input_grad[0]:

@@ -1,7 +1,8 @@
 """Encoder product and selection in one operation, with sparse weight gradients.
 
 Under autocast the product runs in the autocast type and only proposes k + max(8, k / 4) candidates per token; their
-pre-activations are computed again in float32, and the largest of those are kept, of equal ones the lower index.
+pre-activations are computed again in float32, and the largest of those are kept, of equal ones the lower index. The
+same holds for a float32 product that torch may round (TF32: torch.set_float32_matmul_precision).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dictlearn.kernels import backend
 from dictlearn.kernels.decode import sum_of_rows
@@ -19,7 +21,7 @@ from dictlearn.kernels.gather import row_products, scatter_outer
 from dictlearn.kernels.select import top_columns, top_entries
 from dictlearn.types import SparseLatents
 
-TILE_BYTES = 16 * 2**20  # of pre-activations in the proposing product: what stays in a processor's cache
+TILE_BYTES = {"cpu": 2**24, "cuda": 2**27}  # of pre-activations at once: what stays in a processor's cache
 
 
 def encode_top_k(
@@ -28,9 +30,11 @@ def encode_top_k(
     b_enc: Float[Tensor, " n_latents"],
     k: int,
 ) -> SparseLatents:
-    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact."""
-    values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, _of_each_token)  # type: ignore[misc]
-    return SparseLatents(values, indices, offsets, W_enc.shape[-1])
+    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact.
+
+    Differentiable once. Raises ValueError for a `k` that is not from 1 to n_latents.
+    """
+    return _encode(x, W_enc, b_enc, k, _of_each_token)
 
 
 def encode_batch_top_k(
@@ -39,9 +43,11 @@ def encode_batch_top_k(
     b_enc: Float[Tensor, " n_latents"],
     k: int,
 ) -> SparseLatents:
-    """ReLU of the k * n_tokens largest of `x @ W_enc + b_enc` in the batch (Bussmann et al. 2024), compact."""
-    values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, _of_the_batch)  # type: ignore[misc]
-    return SparseLatents(values, indices, offsets, W_enc.shape[-1])
+    """ReLU of the k * n_tokens largest of `x @ W_enc + b_enc` in the batch (Bussmann et al. 2024), compact.
+
+    Differentiable once. Raises ValueError for a `k` that is not from 1 to n_latents.
+    """
+    return _encode(x, W_enc, b_enc, k, _of_the_batch)
 
 
 class _Selected(NamedTuple):
@@ -53,6 +59,14 @@ class _Selected(NamedTuple):
 
 
 Select = Callable[[Tensor, Tensor, Tensor, int, torch.dtype], _Selected]
+
+
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select) -> SparseLatents:
+    n_latents = W_enc.shape[-1]
+    if not 0 < k <= n_latents:
+        raise ValueError(f"k must be from 1 to n_latents = {n_latents}, got {k}")
+    values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, select)  # type: ignore[misc]
+    return SparseLatents(values, indices, offsets, n_latents)
 
 
 class _Encode(torch.autograd.Function):
@@ -68,7 +82,8 @@ class _Encode(torch.autograd.Function):
         return _Selected(values, indices, offsets)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:  # type: ignore[override]
         x, W_enc, values, indices, offsets = ctx.saved_tensors
         grad = torch.where(values > 0, grads[0], 0.0)  # [nnz]
         grad_W = scatter_outer(grad, indices, offsets, x, W_enc.shape[-1]).T
@@ -83,7 +98,7 @@ def _of_each_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch
     n_tokens, n_latents = len(x), W_enc.shape[-1]
     m = min(k + max(8, k // 4), n_latents)
     values, candidates = _propose(x.to(dtype), W_enc.to(dtype), b_enc, m)  # [n_tokens, m]
-    if dtype != x.dtype:
+    if not _is_exact(x, dtype):
         values = row_products(x, W_enc.T, candidates.flatten(), _offsets(n_tokens, m, x.device)).view(n_tokens, m)
         values += b_enc[candidates]
     values, places = top_columns(values, k)
@@ -103,7 +118,7 @@ def _propose(
 
         if propose.fits(W_enc.shape[-1], m):
             return propose.propose(x, W_enc.T, b_enc, m)
-    n_rows = max(1, TILE_BYTES // (W_enc.shape[-1] * x.element_size()))
+    n_rows = max(1, TILE_BYTES.get(x.device.type, 2**24) // (W_enc.shape[-1] * x.element_size()))
     buffer = x.new_empty(min(n_rows, len(x)), W_enc.shape[-1])
     values, indices = [], []
     for rows in x.split(n_rows):
@@ -116,15 +131,21 @@ def _propose(
 def _of_the_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> _Selected:
     n_tokens, n_latents = len(x), W_enc.shape[-1]
     starts = torch.arange(n_tokens + 1, device=x.device) * n_latents  # of the rows, in the flattened batch
-    m = min(k + max(8, k // 4), n_latents) if dtype != x.dtype else k
+    m = k if _is_exact(x, dtype) else min(k + max(8, k // 4), n_latents)
     pre_acts = torch.mm(x.to(dtype), W_enc.to(dtype)).add_(b_enc.to(dtype)).flatten()
     candidates = top_entries(pre_acts, m * n_tokens)  # ascending: row by row
-    if dtype == x.dtype:
+    if _is_exact(x, dtype):
         return _Selected(pre_acts[candidates], candidates % n_latents, torch.searchsorted(candidates, starts))
     indices = candidates % n_latents
     exact = row_products(x, W_enc.T, indices, torch.searchsorted(candidates, starts)) + b_enc[indices]
     kept = top_entries(exact, k * n_tokens)
     return _Selected(exact[kept], indices[kept], torch.searchsorted(candidates[kept], starts))
+
+
+def _is_exact(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of `x` in `dtype` is all that its own type allows."""
+    rounds = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return dtype == x.dtype and not rounds
 
 
 def _offsets(n_tokens: int, k: int, device: torch.device) -> Int[Tensor, " n_tokens_plus_1"]:

@@ -26,7 +26,9 @@ def row_products(
 
         return sparse.row_products(x, rows, indices, offsets)
     if backend.use_native(x, rows):
-        return native.row_products(x.contiguous(), rows.contiguous(), indices.long().contiguous(), offsets.long())
+        return native.row_products(
+            x.contiguous(), rows.contiguous(), indices.long().contiguous(), offsets.long().contiguous()
+        )
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), rows, indices, offsets[:-1], _token_of(indices, offsets), SUM
     )
@@ -46,7 +48,7 @@ def scatter_outer(
         return sparse.scatter_outer(values, indices, offsets, x, n_latents)
     if backend.use_native(values, x):
         return native.scatter_outer(
-            values.contiguous(), indices.long().contiguous(), offsets.long(), x.contiguous(), n_latents
+            values.contiguous(), indices.long().contiguous(), offsets.long().contiguous(), x.contiguous(), n_latents
         )
     no_maxima = indices.new_empty(0)
     return torch.ops.aten._embedding_bag_dense_backward(

@@ -21,11 +21,12 @@ inline float number(bfloat16 value) {
     return out;
 }
 
-// Integers in the order of the numbers; NaN is above or below all of them.
+// Integers in the order of the numbers; NaN is above all of them, so that it is seen.
 inline int32_t key_of(float value) {
     int32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
-    return bits ^ ((bits >> 31) & 0x7fffffff);
+    const int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
+    return (bits & 0x7fffffff) > 0x7f800000 ? INT32_MAX : key;
 }
 
 // The m-th largest of keys, which are put in another order.
@@ -114,11 +115,8 @@ void top_columns(const T* values, const float* bias, int64_t n, int64_t width, i
         for (int64_t t = 0; t < n; ++t) {
             const Row<T> row{values + t * width, bias, width};
             for (int64_t g = 0; g < n_groups; ++g) maxima[g] = row.best(g * size, std::min((g + 1) * size, width));
-            int32_t least = INT32_MIN;
-            if (n_groups >= m) {
-                scratch = maxima;
-                least = threshold(scratch, m);
-            }
+            scratch = maxima;
+            const int32_t least = threshold(scratch, m);
             found.keys.clear();
             found.columns.clear();
             for (int64_t g = 0; g < n_groups; ++g)
@@ -136,11 +134,8 @@ void top_entries(const T* values, int64_t width, int64_t m, int64_t* out, int th
     std::vector<int32_t> maxima(n_groups), scratch;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t g = 0; g < n_groups; ++g) maxima[g] = row.best(g * size, std::min((g + 1) * size, width));
-    int32_t least = INT32_MIN;
-    if (n_groups >= m) {
-        scratch = maxima;
-        least = threshold(scratch, m);
-    }
+    scratch = maxima;
+    const int32_t least = threshold(scratch, m);
     std::vector<Candidates> parts(threads);
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int part = 0; part < threads; ++part)

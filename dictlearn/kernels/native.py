@@ -40,6 +40,7 @@ def top_columns(
     `values` in float32 or bfloat16, `bias` in float32.
     """
     n, width = values.shape
+    _check(m <= width, f"m must be at most the {width} columns, got {m}")
     indices = torch.empty(n, m, dtype=torch.int64)
     if m:
         function = "top_columns_bfloat16" if values.dtype == torch.bfloat16 else "top_columns_float32"
@@ -49,6 +50,7 @@ def top_columns(
 
 def top_entries(values: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
     """Where the `m` largest are, ascending; of equal ones the first. `values` in float32 or bfloat16."""
+    _check(m <= len(values), f"m must be at most the {len(values)} entries, got {m}")
     indices = torch.empty(m, dtype=torch.int64)
     if m:
         function = "top_entries_bfloat16" if values.dtype == torch.bfloat16 else "top_entries_float32"
@@ -62,6 +64,7 @@ def row_products(
     indices: Int[Tensor, " nnz"],
     offsets: Int[Tensor, " n_tokens_plus_1"],
 ) -> Float[Tensor, " nnz"]:
+    _check_indices(indices, len(rows))
     out = x.new_empty(len(indices))
     _call("row_products", x, rows, indices, offsets, len(x), x.shape[-1], out)
     return out
@@ -74,6 +77,7 @@ def scatter_outer(
     x: Float[Tensor, "n_tokens d"],
     n_latents: int,
 ) -> Float[Tensor, "n_latents d"]:
+    _check_indices(indices, n_latents)
     out = x.new_empty(n_latents, x.shape[-1])
     _call("scatter_outer", values, indices, offsets, x, len(x), n_latents, x.shape[-1], out)
     return out
@@ -90,15 +94,27 @@ def normalise_rows_(rows: Float[Tensor, "n d"]) -> None:
 
 
 def _call(function: str, *arguments: Tensor | int | None) -> None:
-    library = _library()
-    assert library is not None
-    assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor))
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    _check(
+        all(t.is_contiguous() and t.device.type == "cpu" for t in tensors), f"{function} takes contiguous tensors"
+    )
     passed = [ctypes.c_int64(a) if isinstance(a, int) else _address(a) for a in arguments]
-    getattr(library, function)(*passed, ctypes.c_int(torch.get_num_threads()))
+    getattr(_library(), function)(*passed, ctypes.c_int(torch.get_num_threads()))
 
 
 def _address(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _check(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(rule)
+
+
+def _check_indices(indices: Int[Tensor, " nnz"], n_latents: int) -> None:
+    if len(indices):
+        least, most = (int(bound) for bound in indices.aminmax())
+        _check(least >= 0 and most < n_latents, f"indices must be from 0 to {n_latents - 1}, got {least} to {most}")
 
 
 @cache
@@ -106,22 +122,28 @@ def _library() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++"))), None)
     if os.environ.get("DICTLEARN_NATIVE") == "0" or platform.system() != "Linux" or compiler is None:
         return None
-    key = blake2b(f"{FLAGS}{_processor()}{SOURCE.read_text()}".encode(), digest_size=8).hexdigest()
-    cached = Path(os.environ.get("DICTLEARN_CACHE") or Path.home() / ".cache" / "dictlearn")
-    path = cached / "kernels" / f"native-{key}.so"
     try:
+        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=SECONDS).stdout
+        parts = (FLAGS, version, platform.libc_ver(), _processor(), SOURCE.read_text())
+        key = blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+        cached = Path(os.environ.get("DICTLEARN_CACHE") or "~/.cache/dictlearn").expanduser()
+        path = cached / "kernels" / f"native-{key}.so"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                built = Path(folder) / path.name
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-                built.replace(path)
+            _compile(compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         text = getattr(error, "stderr", None)
-        log.info("No compiled kernels, torch does their work: %s", text.decode() if text else error)
+        log.warning("No compiled kernels, torch does their work, slower: %s", text.decode() if text else error)
         return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+        built.replace(path)
 
 
 def _processor() -> str:

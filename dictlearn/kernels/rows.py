@@ -15,6 +15,7 @@ def project_rows_(grad: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Flo
 
     Both contiguous. Returns the squared norms of what is left.
     """
+    _check_contiguous(grad, rows)
     if backend.use_triton(grad, rows):
         from dictlearn.kernels.triton import rows as kernels
 
@@ -29,6 +30,7 @@ def project_rows_(grad: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Flo
 
 def normalise_rows_(rows: Float[Tensor, "n d"]) -> None:
     """Divide each row by its norm; contiguous."""
+    _check_contiguous(rows)
     if backend.use_triton(rows):
         from dictlearn.kernels.triton import rows as kernels
 
@@ -37,3 +39,8 @@ def normalise_rows_(rows: Float[Tensor, "n d"]) -> None:
         native.normalise_rows_(rows)
     else:
         rows.div_(rows.norm(dim=-1, keepdim=True))
+
+
+def _check_contiguous(*tensors: Tensor) -> None:
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("rows that are changed in place must be contiguous")

@@ -22,7 +22,7 @@ def top_columns(
     overwritten.
     """
     if backend.use_native(values, types=NATIVE_TYPES):
-        indices = native.top_columns(values.contiguous(), m, None if bias is None else bias.float())
+        indices = native.top_columns(values.contiguous(), m, None if bias is None else bias.float().contiguous())
         found = values.gather(1, indices)
         return found if bias is None else found + bias[indices].to(found.dtype), indices
     if bias is not None:
@@ -69,6 +69,7 @@ def top_entries(values: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
         return threshold.top_entries(values, m)
     if backend.use_native(values, types=NATIVE_TYPES):
         return native.top_entries(values.contiguous(), m)
+    values = values.nan_to_num(torch.inf, torch.inf, -torch.inf)  # NaN is found, and seen
     least = values[_unordered(values.unsqueeze(0), m)[0]].min()
     found = (values >= least).nonzero().squeeze(-1)
     at = values[found] == least

@@ -76,7 +76,7 @@ class Learner(nn.Module):
         if size == len(x) and revived is None:
             loss = self._total(dictionary.step(x, target, self.variance, dead))
         else:
-            parameters = list(dictionary.parameters())
+            parameters = [p for p in dictionary.parameters() if p.requires_grad]
             chunks = list(zip(x.split(size), target.split(size), strict=True))
             loss = with_gradients(parameters, lambda: self._accumulate(parameters, chunks, revived))
         self.statistics.end_step(loss.detach(), len(x))
@@ -159,7 +159,7 @@ class Learner(nn.Module):
 def _add_to_rows_(dictionary: Dictionary, rows: LatentRows, latents: Int[Tensor, " n"]) -> None:
     """Add the gradients of `rows` to those of the dictionary's weights."""
     for weight, row in zip((dictionary.W_enc, dictionary.b_enc, dictionary.W_dec), rows, strict=True):
-        if row.grad is None:
+        if row.grad is None or not weight.requires_grad:
             continue
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)

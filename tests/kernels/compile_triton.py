@@ -21,7 +21,11 @@ def compile_for(generation: int, fn: object, types: list[str], **constants: obje
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     assert set(signature) == set(names), (names, signature)
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ALIGNED]
-    options = {"num_warps": 8, "num_stages": 3} if fn is propose._product else {}
+    options = (
+        {"num_warps": 8, "num_stages": propose.n_stages(160_000, generation // 10)}
+        if fn is propose._product
+        else {}
+    )
     source = ASTSource(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
     uses_tensor_cores = any(name in compiled.asm["ptx"] for name in ("wgmma", "mma.sync"))

@@ -191,6 +191,47 @@ def test_a_latent_that_fires_on_every_token() -> None:
         assert_close(got, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_latent_that_is_not_a_number_is_seen(encode, autocast: bool, sign: int) -> None:
+    """It is kept, so that the loss is not finite either; the other tokens' latents are as many as ever."""
+    x, W_enc, b_enc = problem(20, 8, 600)
+    b_enc[17] = sign * torch.nan
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        latents = encode(x, W_enc, b_enc, 4)
+    assert len(latents.values) == 80
+    assert latents.values[latents.indices == 17].isnan().all()
+    assert (latents.indices == 17).sum() == 20
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inputs_in_any_layout(autocast: bool) -> None:
+    x, W_enc, b_enc = problem(20, 8, 600)
+    strided = [x.repeat(1, 2)[:, ::1][:, :8], W_enc.contiguous(), b_enc.repeat_interleave(2)[::2]]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        expected, found = encode_top_k(x, W_enc, b_enc, 4), encode_top_k(*strided, 4)  # type: ignore[call-arg]
+    assert torch.equal(found.indices, expected.indices)
+    assert_close(found.values, expected.values)
+
+
+@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k])
+def test_second_derivatives_are_refused(encode) -> None:
+    inputs = [t.requires_grad_() for t in problem(5, 4, 30)]
+    rows = draw(30, 3).requires_grad_()
+    loss = decode(encode(*inputs, 2), rows).square().sum()
+    grad = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k])
+@pytest.mark.parametrize("k", [0, 31])
+def test_a_k_that_cannot_be_is_an_error(encode, k: int) -> None:
+    with pytest.raises(ValueError, match=f"k must be from 1 to n_latents = 30, got {k}"):
+        encode(*problem(5, 4, 30), k)
+
+
 @pytest.mark.parametrize("d", [1, 7, 300])
 def test_rows_that_stay_unit(d: int) -> None:
     rows, grad = draw(40, d), draw(40, d, seed=5)

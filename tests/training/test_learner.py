@@ -173,3 +173,16 @@ def test_activations_that_do_not_vary_are_refused() -> None:
     }
     with pytest.raises(DictlearnError, match="are the same at every token of the statistics prefix"):
         prepare(Linear.tiny(), statistics, "mean_norm", torch.Generator())
+
+
+@pytest.mark.parametrize("frozen", ["W_dec", "W_enc", "b_dec"])
+@pytest.mark.parametrize("micro_batch_size", [None, 50])
+def test_a_frozen_weight_stays_without_a_gradient(frozen: str, micro_batch_size: int | None) -> None:
+    """Also while latents are dead and AuxK revives them, and in chunks."""
+    learner = member().learner
+    learner.micro_batch_size = micro_batch_size
+    learner.statistics.is_dead[:9] = True
+    learner.dictionary.get_parameter(frozen).requires_grad_(False)
+    learner.loss(PlantedStream(1).batch(0)).backward()
+    missing = [name for name, p in learner.dictionary.named_parameters() if p.grad is None]
+    assert missing == [frozen]

@@ -38,7 +38,7 @@ def propose(
     """
     (n_tokens, d), n_latents = x.shape, len(rows)
     n_groups = triton.cdiv(n_latents, GROUP)
-    x, rows = x.contiguous(), rows.contiguous()
+    x, rows, b = x.contiguous(), rows.contiguous(), b.contiguous()
     values = x.new_empty(n_tokens, m)
     indices = torch.empty(n_tokens, m, dtype=torch.int64, device=x.device)
     tile = min(n_tokens, max(1, TILE_BYTES // (n_latents * x.element_size())))
@@ -66,10 +66,16 @@ def _interpreted() -> bool:
 
 
 def _n_stages(device: torch.device) -> int:
-    """As many as the shared memory of the GPU holds, at most 3."""
+    """So many that at most 3 steps of the product are in shared memory."""
     if device.type != "cuda":
         return 1
-    return max(1, min(3, torch.cuda.get_device_properties(device).shared_memory_per_block_optin // STAGE_BYTES))
+    properties = torch.cuda.get_device_properties(device)
+    return n_stages(properties.shared_memory_per_block_optin, properties.major)
+
+
+def n_stages(shared_memory: int, generation: int) -> int:
+    """Before Hopper (9), Triton holds one step fewer than there are stages."""
+    return max(1, min(3, shared_memory // STAGE_BYTES)) + (generation < 9)
 
 
 @triton.jit
@@ -101,6 +107,7 @@ def _product(
         mask=is_token[:, None] & is_latent[None, :],
     )
     kept = tl.where(is_latent[None, :], rounded.to(tl.float32), float("-inf"))
+    kept = tl.where(kept != kept, float("inf"), kept)  # NaN, which a maximum would leave out
     best = tl.max(tl.reshape(kept, (BLOCK_M, BLOCK_N // GROUP, GROUP)), axis=2)
     group = (tl.program_id(0) // n_blocks).to(tl.int64) * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
     tl.store(
@@ -112,9 +119,10 @@ def _product(
 
 @triton.jit
 def keys_of(values):
-    """0 to 65,535, in the order of 16-bit floats."""
+    """0 to 65,535, in the order of 16-bit floats; of NaN the largest."""
     bits = values.to(tl.int16, bitcast=True).to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFF, bits) + 32768
+    number = values.to(tl.float32)
+    return tl.where(number != number, 65535, tl.where(bits < 0, bits ^ 0x7FFF, bits) + 32768)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def decode(
 ) -> Float[Tensor, "n_tokens d"]:
     """Each token's sum of `rows`, weighted by its values."""
     n_tokens, d = len(offsets) - 1, rows.shape[-1]
-    rows = rows.contiguous()
+    values, indices, offsets, rows = (t.contiguous() for t in (values, indices, offsets, rows))
     out = torch.empty(n_tokens, d, dtype=values.dtype, device=values.device)
     if n_tokens:
         _decode[(n_tokens, _n_blocks(d))](
@@ -41,7 +41,7 @@ def row_products(
     offsets: Int[Tensor, " n_tokens_plus_1"],
 ) -> Float[Tensor, " nnz"]:
     """`x[t] . rows[indices[i]]` for each entry i of token t."""
-    x, rows = x.contiguous(), rows.contiguous()
+    x, rows, indices, offsets = (t.contiguous() for t in (x, rows, indices, offsets))
     out = torch.empty(len(indices), dtype=x.dtype, device=x.device)
     if len(x):
         _row_products[(len(x),)](
@@ -65,7 +65,7 @@ def scatter_outer(
     programs' work and not one's; a second kernel adds the later pieces of a latent to its first. Each row is
     written once, zeros included.
     """
-    x = x.contiguous()
+    x, values = x.contiguous(), values.contiguous()
     nnz, d = len(indices), x.shape[-1]
     in_order, order = torch.sort(indices.int(), stable=True)
     token = torch.repeat_interleave(offsets.diff(), output_size=nnz)[order]

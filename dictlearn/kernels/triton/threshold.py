@@ -23,7 +23,8 @@ def top_entries(values: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
     """
     n, values = len(values), values.contiguous()
     n_bits = 8 * values.element_size()
-    state = torch.tensor([0, m], device=values.device)  # the threshold's bits so far, and how many are wanted there
+    state = torch.zeros(2, dtype=torch.int64, device=values.device)  # the threshold's bits so far, and
+    state[1:].fill_(m)  # how many entries are wanted there; a copy from the host would wait
     counts = torch.zeros(256, dtype=torch.int64, device=values.device)
     for shift in range(n_bits - 8, -1, -8):
         grid = (triton.cdiv(n, BLOCK * BLOCKS_PER_PROGRAM),)
@@ -43,7 +44,7 @@ def top_entries(values: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
 
 @triton.jit
 def _keys(values, entry, n, N_BITS: tl.constexpr):
-    """Integers from 0 in the order of the numbers; -1 beyond the end."""
+    """Integers from 0 in the order of the numbers, of NaN the largest; -1 beyond the end."""
     number = tl.load(values + entry, mask=entry < n, other=0.0)
     if N_BITS == 16:
         bits = number.to(tl.int16, bitcast=True).to(tl.int64)
@@ -51,6 +52,8 @@ def _keys(values, entry, n, N_BITS: tl.constexpr):
     else:
         bits = number.to(tl.int32, bitcast=True).to(tl.int64)
         keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 0x80000000
+    as_float = number.to(tl.float32)
+    keys = tl.where(as_float != as_float, (1 << N_BITS) - 1, keys)
     return tl.where(entry < n, keys, -1)
 
 
