@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lms import DOCUMENTS
 
-from dictlearn.data import ActivationData, Batch, SiteStatistics
+from dictlearn.data import ActivationData, Batch, SiteStatistics, stored
 from dictlearn.data.text import LocalText
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.lm import load_lm, resolve
@@ -45,6 +45,7 @@ def load_data(spec: dict[str, Any], names: Sequence[str]) -> ActivationData:
         cache_dir=str(folder / "cache"),
         store=str(folder / "acts") if "store_steps" in spec else None,
     )
+    stored.SHARD_BYTES = 2**23  # so that a turn reads several shards of a store
     sites = [resolve(lm.model, name) for name in names]
     n_tokens = spec.get("store_steps", N_STEPS) * spec["batch_size"]
     data = ActivationData(text, lm, sites, spec["batch_size"], n_tokens)

@@ -1,9 +1,9 @@
 """One training step of a dictionary, beside the peers: `python benchmarks/step.py [--help]`.
 
 Every contender is a process of its own with the same planted batches; they take turns, a few steps each, so that a
-noisy machine is noisy for all. Reported is the median over the rounds, as a ratio to ours and as a fraction of the
-limit: the dense product of the encoder, and moving the bytes that Adam has to (peers/run_limit.py). Prints a table
-and writes benchmarks/results/step_<device>.json.
+noisy machine is noisy for all. Reported is the median over the rounds, as a ratio to ours and as a fraction of a
+yardstick: the dense product of the encoder, and moving the bytes that Adam has to (peers/run_yardstick.py). Prints a
+table and writes benchmarks/results/step_<device>.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hardware import hardware
 from table import table
 
 FOLDER = Path(__file__).parent
-OURS, LIMIT, PRODUCT = "dictlearn", "limit", "product"
+OURS, YARDSTICK, PRODUCT = "dictlearn", "yardstick", "product"
 
 
 def run(names: list[str], spec: dict[str, Any], n_rounds: int, n_warmup: int) -> dict[str, Any]:
@@ -70,16 +70,16 @@ def show(results: list[dict[str, Any]]) -> None:
         spec, times = cell["spec"], cell["contenders"]
         title = f"{spec['sparsifier']}, {spec['precision']}"
         title += f", {spec['dead_fraction']:.0%} dead with AuxK" if spec["dead_fraction"] else ""
-        ours, limit = (median(times[name].get("seconds", [math.nan])) for name in (OURS, LIMIT))
+        ours, yardstick = (median(times[name].get("seconds", [math.nan])) for name in (OURS, YARDSTICK))
         rows = []
         for name, result in times.items():
             if "unavailable" in result:
                 rows.append([name, result["unavailable"][:80], "", "", ""])
                 continue
             middle, best = median(result["seconds"]), min(result["seconds"])
-            ratios = [f"{middle / ours:.2f}", f"{limit / middle:.0%}"]
+            ratios = [f"{middle / ours:.2f}", f"{yardstick / middle:.0%}"]
             rows.append([name, f"{1e3 * middle:.1f}", f"{1e3 * best:.1f}", *ratios])
-        columns = ["contender", "ms a step (median)", "fastest", "times ours", "of the limit"]
+        columns = ["contender", "ms a step (median)", "fastest", "times ours", "of the yardstick"]
         print(table(title, columns, rows), flush=True)
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     arguments = parser.parse_args()
-    names = [OURS, LIMIT, PRODUCT, *filter(None, arguments.peers.split(","))]
+    names = [OURS, YARDSTICK, PRODUCT, *filter(None, arguments.peers.split(","))]
     results: list[dict[str, Any]] = []
     for spec in cells(arguments):
         results.append({"spec": spec, "contenders": run(names, spec, arguments.rounds, arguments.warmup)})

@@ -1,4 +1,4 @@
-"""What no step with a dense encoder and Adam can be faster than: the product, and moving the bytes of the weights.
+"""A yardstick for a step with a dense encoder and Adam: the product, and moving the bytes of the weights once.
 
 Each of the 2 d n_latents weights has its gradient written, and is read and written by Adam: 32 bytes.
 """
