@@ -83,7 +83,7 @@ class Stream(ABC, Generic[T]):
             raise DictlearnError(
                 "A stream continues with the text, tokenizer, seed, batch size, n_tokens, kind of stream and "
                 "data.ctx, data.block_rows, data.n_slices, data.lm_batch_rows, data.max_norm_ratio that it began "
-                "with, and at least one of them has changed"
+                "with, in the same order of activations, and at least one of them has changed"
             )
         self._position = self._resume = Position(*(state[field] for field in Position._fields))
 
@@ -133,7 +133,7 @@ class Stream(ABC, Generic[T]):
     def _fingerprint(self) -> str:
         ratio = None if self.norm_filter is None else float(self.norm_filter.ratio)
         own = (self.store.fingerprint, self.batch_size, len(self), self.lm_batch_rows, ratio)
-        parts = (type(self).__name__, *own)
+        parts = (type(self).__name__, schedule.VERSION, *own)
         return blake2b(repr(parts + self._sizes()).encode(), digest_size=16).hexdigest()
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dictlearn.data.schedule import Position
 from dictlearn.files import reason
 from dictlearn.types import DictlearnError
 
@@ -138,11 +139,21 @@ def _is_valid(manifest: Manifest) -> bool:
     counts = all(contents[key] > 0 for key in WRITTEN_FOR)
     tensors = {*sites, *ORIGIN}
     shards = all(
-        _is(s.n, int) and s.n > 0 and _is(s.n_bytes, int) and _is(s.position, dict) and s.sha256.keys() == tensors
+        _is(s.n, int) and s.n > 0 and _is(s.n_bytes, int) and s.sha256.keys() == tensors and _is_state(s.position)
         for s in manifest.shards
     )
     known = contents["dtype"] in STORE_DTYPES and isinstance(manifest.statistics_sha256, str)
     return bool(kinds and widths and counts and shards and known and manifest.n_stored <= manifest.n_tokens)
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """As Stream.state_dict gives it."""
+    return (
+        state.keys() == {"seed", "fingerprint", *Position._fields}
+        and isinstance(state["fingerprint"], str)
+        and _is(state["seed"], int)
+        and all(_is(state[field], int) and state[field] >= 0 for field in Position._fields)
+    )
 
 
 def _is(value: Any, kind: Any) -> bool:

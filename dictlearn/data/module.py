@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ from dictlearn.data.tokens import TokenStore
 from dictlearn.lm.load import LM
 from dictlearn.lm.taps import activations, widths
 from dictlearn.types import DictlearnError, Site, TokenIds
+
+log = logging.getLogger(__name__)
 
 
 class ActivationData(LightningDataModule):
@@ -77,6 +80,15 @@ class ActivationData(LightningDataModule):
         store = ActivationStore(store_folder(self.text.store), self._asked())
         if not store.complete:
             self._stream(self.store, None).prefetch()
+        own, stored = [site.name for site in self.sites], list(store.contents["sites"])
+        if self.text.max_norm_ratio is not None and len(own) < len(stored):
+            log.warning(
+                "data.max_norm_ratio left out of data.store=%s what has a large norm at any of its sites (%s); "
+                "a run of %s alone without data.store trains on some of them",
+                self.text.store,
+                ", ".join(stored),
+                ", ".join(own),
+            )
         return store
 
     @cached_property

@@ -56,11 +56,16 @@ class ActivationStore:
         manifest = read_manifest(self.folder)
         if manifest is None or not manifest.complete:
             self._lock = _locked(self.folder)
-            self._check(asked)  # what another run wrote meanwhile
-            manifest = read_manifest(self.folder)
-        self._manifest = manifest
-        self.contents = dict(asked) if manifest is None else manifest.contents
-        self._statistics = None if manifest is None else self._read_statistics(manifest)
+        try:
+            if self._lock is not None:
+                self._check(asked)  # what another run wrote meanwhile
+                manifest = read_manifest(self.folder)
+            self._manifest = manifest
+            self.contents = dict(asked) if manifest is None else manifest.contents
+            self._statistics = None if manifest is None else self._read_statistics(manifest)
+        except DictlearnError:
+            self.close()
+            raise
 
     def _check(self, asked: Mapping[str, Any]) -> None:
         if found := store_problems(str(self.folder), asked):

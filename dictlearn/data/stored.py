@@ -161,6 +161,7 @@ class _Writer:
         n_left = store.n_tokens - store.n_stored
         self.n_per_shard = min(max(1, SHARD_BYTES // (per_activation * batch_size)) * batch_size, n_left)
         self.buffers: list[dict[str, Tensor]] = []
+        self.on_cuda = False  # the batches
         self.n = 0
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
@@ -169,6 +170,7 @@ class _Writer:
         """Copy a batch, without waiting for its device; True when the shard is full and has to be submitted."""
         if not self.buffers:
             self.buffers = [self._buffer(batch) for _ in range(2)]
+            self.on_cuda = batch.tokens.is_cuda
         stop = self.n + len(batch.tokens)
         for name, values in _columns(batch).items():
             self.buffers[0][name][self.n : stop].copy_(values, non_blocking=True)
@@ -178,7 +180,7 @@ class _Writer:
     def submit(self, position: dict[str, Any]) -> None:
         """Write what was added, once what was submitted before is written."""
         self.wait()
-        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        copied = torch.cuda.Event() if self.on_cuda else None
         if copied is not None:
             copied.record()
         tensors = {name: values[: self.n] for name, values in self.buffers[0].items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,13 +85,15 @@ def train(cfg: DictConfig, overrides: Sequence[str], console: Console, job: int 
             return Results({})
         _quieten()
         L.seed_everything(cfg.seed, verbose=False)
-        with _folder(cfg, checkpoint, console), console.status("") as status:
-            say = status.update if console.is_terminal else console.print
-            setup = _load(cfg, say, resuming=checkpoint is not None)
-            identity = identity_of(cfg, setup.lm, setup.data.store.fingerprint)
-            if checkpoint is not None:
-                check_identity(checkpoint, identity)
-        return _train_and_evaluate(cfg, setup, identity, checkpoint, console)
+        with ExitStack() as opened:
+            with _folder(cfg, checkpoint, console), console.status("") as status:
+                say = status.update if console.is_terminal else console.print
+                setup = _load(cfg, say, resuming=checkpoint is not None)
+                opened.callback(setup.data.close)
+                identity = identity_of(cfg, setup.lm, setup.data.store.fingerprint)
+                if checkpoint is not None:
+                    check_identity(checkpoint, identity)
+            return _train_and_evaluate(cfg, setup, identity, checkpoint, console)
 
 
 def _train_and_evaluate(
@@ -206,13 +208,17 @@ def _load(cfg: DictConfig, say: Callable[[str], None], resuming: bool = False) -
     data = ActivationData(
         build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream
     )
-    say(_store_line(data) or "Measuring the activations")
-    statistics = data.statistics(cfg.statistics_n_tokens)
-    fix_commit(cfg, "data.revision", getattr(data.text, "revision", None))  # known once the text is open
-    if cfg.evaluation.blocks:
-        data.heldout(1)  # an error now, not after the training
-    starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
-    return Setup(lm, data, found, build_members(cfg, found, lm, statistics, starts))
+    with ExitStack() as after_failure:
+        after_failure.callback(data.close)
+        say(_store_line(data) or "Measuring the activations")
+        statistics = data.statistics(cfg.statistics_n_tokens)
+        fix_commit(cfg, "data.revision", getattr(data.text, "revision", None))  # known once the text is open
+        if cfg.evaluation.blocks:
+            data.heldout(1)  # an error now, not after the training
+        starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
+        setup = Setup(lm, data, found, build_members(cfg, found, lm, statistics, starts))
+        after_failure.pop_all()
+    return setup
 
 
 def _store_line(data: ActivationData) -> str | None:

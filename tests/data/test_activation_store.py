@@ -1,92 +1,25 @@
-"""One run writes its activations, later ones read them: the same batches, and clear words where they cannot."""
+"""One run writes its activations, later ones read them: the same batches, also after an end and a resume."""
 
 import json
 import math
 import os
-from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dictlearn.data import ActivationData, Batch, LocalText, StoredStream, module, store, stored
-from dictlearn.data.manifest import MANIFEST, STATISTICS
-from dictlearn.lm import LM, load_lm, resolve
+from dictlearn.data import ActivationData, StoredStream, schedule, store, stored
+from dictlearn.data.manifest import LOCK, MANIFEST
+from dictlearn.lm import LM
+from dictlearn.training import run
 from dictlearn.types import DictlearnError
 from tests.data.helpers import random_documents, same
+from tests.data.stores import BATCH, N_TOKENS, SITES, Make, batches, equal, manifest
 from tests.runs import run_train, weight_hashes
-from tests.tiny_lms import tiny_lm_folder
-
-BATCH, N_TOKENS = 50, 1000
-SITES = ("resid_post.1", "mlp_out.0")
-Make = Callable[..., ActivationData]
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return load_lm(str(tiny_lm_folder(tmp_path_factory.mktemp("lm"), vocab=410)), dtype="float32")
-
-
-@pytest.fixture
-def n_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows that the LM was run on, one number per forward."""
-    rows: list[int] = []
-    run = module.activations
-
-    def counted(model: Any, sites: Any, tokens: torch.Tensor) -> Any:
-        rows.append(len(tokens))
-        return run(model, sites, tokens)
-
-    monkeypatch.setattr(module, "activations", counted)
-    return rows
-
-
-@pytest.fixture
-def data(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setattr(stored, "SHARD_BYTES", 150 * (2 * 16 * 2 + 16))  # of two sites of width 16 in bfloat16
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(random_documents(400)) + "\n")
-
-    def make(
-        n_tokens: int = N_TOKENS,
-        seed: int = 0,
-        sites: tuple[str, ...] = SITES,
-        batch_size: int = BATCH,
-        stream: str = "shuffled",
-        of: LM = lm,
-        **changes: Any,
-    ) -> ActivationData:
-        sizes = {"ctx": 16, "lm_batch_rows": 4, "block_rows": 8, "n_slices": 3, "path": str(path)}
-        text = LocalText(**{**sizes, "store": str(tmp_path / "store"), "max_norm_ratio": 1.05, **changes})
-        text.cache_dir = str(tmp_path / "cache")
-        found = [resolve(of.model, site) for site in sites]
-        return ActivationData(text, of, found, batch_size, n_tokens, seed, stream)
-
-    return make
-
-
-def batches(made: ActivationData, n: int | None = None) -> list[Batch]:
-    """All batches, or the first `n` and then the process ends."""
-    made.statistics(300)
-    found = [
-        batch for _, batch in zip(range(n or len(made.train_dataloader())), made.train_dataloader(), strict=False)
-    ]
-    made.close()
-    return found
-
-
-def manifest(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((tmp_path / "store" / MANIFEST).read_text())
-
-
-def equal(one: list[Batch], other: list[Batch]) -> bool:
-    return len(one) == len(other) and all(same(x, y) for x, y in zip(one, other, strict=True))
-
 
 # -- what is read is what was written, and what the stream gives --
 
@@ -143,6 +76,43 @@ def test_any_batch_size_sites_and_fewer_tokens(data: Make, batch_size: int) -> N
         assert list(read[0].acts) == ["resid_post.1"]
         assert torch.equal(torch.cat([batch.acts["resid_post.1"] for batch in read]), flat["resid_post.1"][:n])
         assert torch.equal(torch.cat([batch.tokens for batch in read]), tokens[:n])
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "sites", "batch_size", "ratio"),
+    [(N_TOKENS, SITES[1:], BATCH, None), (N_TOKENS, SITES, 25, 1.05), (500, SITES, BATCH, 1.05)],
+)
+def test_a_reader_beside_a_run_of_its_own_settings(
+    data: Make, tmp_path: Path, n_tokens: int, sites: tuple[str, ...], batch_size: int, ratio: float | None
+) -> None:
+    """Fewer sites without a norm filter, or a divisor of the batch size: the same; fewer tokens: up to the end."""
+    batches(data(max_norm_ratio=ratio))
+    changes = {"sites": sites, "batch_size": batch_size, "max_norm_ratio": ratio}
+    read = batches(data(n_tokens, **changes))
+    own = batches(data(n_tokens, store=str(tmp_path / "own"), **changes))
+    assert equal(read[:5], own[:5])
+    assert equal(read, own) == (n_tokens == N_TOKENS), "a shorter run ends with the slices that are left"
+
+
+@pytest.mark.parametrize("ratio", [1.05, None])
+def test_fewer_sites_under_a_norm_filter_are_said(
+    data: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, ratio: float | None
+) -> None:
+    batches(data(max_norm_ratio=ratio))
+    assert "max_norm_ratio" not in caplog.text
+    read = batches(data(sites=SITES[1:], max_norm_ratio=ratio))
+    said = r"any of its sites (resid_post.1, mlp_out.0); a run of mlp_out.0 alone"
+    assert (said in caplog.text) == (ratio is not None)
+    own = batches(data(sites=SITES[1:], max_norm_ratio=ratio, store=str(tmp_path / "own")))
+    assert equal(read, own) == (ratio is None)
+
+
+def test_no_cuda_event_is_made_for_batches_on_the_cpu(data: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: made.append(1))
+    batches(data(100, max_norm_ratio=None))
+    assert made == []
 
 
 def test_only_the_tensors_of_its_sites_are_read(data: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +211,15 @@ def test_a_begun_store_is_read_before_the_lm_runs(data: Make, n_read: list[int])
     made.close()
 
 
+def test_a_begun_store_of_another_order_is_not_continued(data: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches(data(), 10)
+    monkeypatch.setattr(schedule, "VERSION", schedule.VERSION - 1)
+    made = data()
+    with pytest.raises(DictlearnError, match="in the same order of activations"):
+        list(made.train_dataloader())
+    made.close()
+
+
 def test_a_store_in_use_is_refused(data: Make) -> None:
     first = data()
     next(iter(first.train_dataloader()))
@@ -276,166 +255,6 @@ def test_a_full_disk_ends_the_run_and_the_store_goes_on(
     assert equal(batches(data()), batches(data(store=str(tmp_path / "other"))))
 
 
-# -- refusals --
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1}, "seed is 0 there, 1 here"),
-        ({"ctx": 12}, "data.ctx is 16 there, 12 here"),
-        ({"block_rows": 9, "n_slices": 2}, "data.block_rows is 8 there, 9 here; data.n_slices is 3 there, 2 here"),
-        ({"lm_batch_rows": 3}, "data.lm_batch_rows is 4 there, 3 here"),
-        ({"max_norm_ratio": None}, "data.max_norm_ratio is 1.05 there, None here"),
-        ({"store_dtype": "float32"}, "data.store_dtype is 'bfloat16' there, 'float32' here"),
-        ({"heldout_fraction": 0.1, "heldout_min_tokens": 0}, "the text is '[0-9a-f]{32}' there"),
-        ({"n_tokens": 1001}, "it holds 1,000 activations, and n_tokens is 1,001"),
-        (
-            {"sites": ("mlp_out.0", "mlp_out.1")},
-            "its sites are resid_post.1, mlp_out.0, those of the run mlp_out.0, ",
-        ),
-    ],
-)
-def test_other_activations_are_refused(
-    data: Make, n_read: list[int], changes: dict[str, Any], message: str
-) -> None:
-    batches(data())
-    n_read.clear()
-    with pytest.raises(DictlearnError, match=f"holds other activations: {message}") as error:
-        data(**changes).statistics(300)
-    assert "Use the settings that it was written with, another folder, or data.store=null" in str(error.value)
-    assert n_read == []
-    if "ctx" in changes:
-        assert "the text is" not in str(error.value), "the rows follow from ctx"
-
-
-def test_another_lm_is_refused(data: Make, lm: LM) -> None:
-    batches(data())
-    other = lm.model.get_parameter("transformer.wpe.weight")
-    other.data[0, 0] += 1
-    try:
-        with pytest.raises(DictlearnError, match=r"the LM's weights is '\w+' there, '\w+' here \(/.* there, /"):
-            data().statistics(300)
-    finally:
-        other.data[0, 0] -= 1
-    with pytest.raises(DictlearnError, match=r"lm.dtype is 'float32' there, 'bfloat16' here"):
-        data(of=lm._replace(dtype="bfloat16")).statistics(300)
-
-
-def test_a_store_that_is_not_complete_is_not_read_by_another_run(data: Make) -> None:
-    batches(data(), 10)
-    for changes in ({"batch_size": 25}, {"n_tokens": 500}, {"sites": SITES[:1]}):
-        with pytest.raises(DictlearnError, match=r"is not complete \(450 of 1,000 activations\), and only"):
-            data(**changes).statistics(300)
-
-
-def test_a_folder_of_something_else_is_refused(data: Make, tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "thesis.tex").write_text("")
-    with pytest.raises(DictlearnError, match=r"must be an empty folder or an activation store, but .*'thesis.tex'"):
-        data().statistics(300)
-    with pytest.raises(DictlearnError, match=r"data.store must be a folder, but .*text.txt is a file"):
-        data(store=str(tmp_path / "text.txt")).statistics(300)
-
-
-def test_settings_that_cannot_be_are_refused(data: Make) -> None:
-    with pytest.raises(DictlearnError, match=r"data.store_dtype must be one of bfloat16, float32, got 'float16'"):
-        data(store_dtype="float16")
-    with pytest.raises(DictlearnError, match=r"data.store must be null or a folder, got ''"):
-        data(store="")
-    with pytest.raises(DictlearnError, match=r"shuffled activations: use stream=shuffled .* got stream=sequences"):
-        data(stream="sequences")
-
-
-def test_a_disk_without_room_is_refused_before_anything_runs(
-    data: Make, n_read: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = 1000 * (2 * 16 * 2 + 16)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(DictlearnError, match=r"needs 0.00 GB for 1,000 activations, and the disk has 0.00 GB free"):
-        data().statistics(300)
-    assert n_read == []
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    made = data()
-    made.statistics(300)
-    assert made.activation_store is not None
-    assert made.activation_store.n_bytes == needed
-    batches(made)
-    files = sum(path.stat().st_size for path in made.activation_store.folder.glob("shard-*"))
-    assert needed <= files < needed + 7 * 600, "and a header in each"
-
-
-# -- damage --
-
-
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("place", [-1, -150 * 16 - 1, 12])
-def test_a_damaged_shard_is_an_error_that_names_it(data: Make, tmp_path: Path, place: int) -> None:
-    batches(data())
-    flip(tmp_path / "store" / "shard-00003.safetensors", place)
-    stream = iter(data().train_dataloader())
-    assert len(list(islice(stream, 9))) == 9, "what comes before it is whole"
-    with pytest.raises(DictlearnError, match=r"shard-00003.safetensors is damaged \(.*\): delete .*data.store"):
-        next(stream)
-
-
-def test_a_shard_with_other_tensors_is_refused(data: Make, tmp_path: Path) -> None:
-    batches(data())
-    path = tmp_path / "store" / "shard-00000.safetensors"
-    tensors = load_file(path)
-    save_file({**tensors, "tokens": tensors["tokens"].float()}, path)
-    with pytest.raises(DictlearnError, match=r"shard-00000.*damaged \(tokens is \[150\] torch.float32"):
-        list(data().train_dataloader())
-
-
-@pytest.mark.parametrize("how", ["missing", "short"])
-def test_missing_and_short_files_are_seen_at_once(data: Make, n_read: list[int], tmp_path: Path, how: str) -> None:
-    batches(data())
-    path = tmp_path / "store" / "shard-00005.safetensors"
-    if how == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DictlearnError, match=r"shard-00005.safetensors is missing or has another size"):
-        data().statistics(300)
-
-
-def test_damaged_statistics_are_refused(data: Make, tmp_path: Path) -> None:
-    batches(data())
-    flip(tmp_path / "store" / STATISTICS, -1)
-    with pytest.raises(DictlearnError, match=r"statistics.safetensors is damaged \(it has another sha256"):
-        data().statistics(300)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda _: "{", "manifest.json cannot be read"),
-        (lambda _: "[]", "must be an activation store of format 1, got format None"),
-        (lambda m: json.dumps(m | {"format": 2}), "of format 1, got format 2"),
-        (lambda m: json.dumps(m | {"shards": [{"n": 1}]}), "manifest.json is damaged"),
-        (lambda m: json.dumps(m | {"shards": m["shards"] * 2}), "manifest.json is damaged"),
-        (lambda m: json.dumps(m | {"contents": m["contents"] | {"ctx": "16"}}), "manifest.json is damaged"),
-        (
-            lambda m: json.dumps(m | {"contents": m["contents"] | {"sites": {"tokens": 3}}}),
-            "manifest.json is damaged",
-        ),
-        (lambda m: json.dumps(m | {"contents": m["contents"] | {"batch_size": 0}}), "manifest.json is damaged"),
-    ],
-)
-def test_a_manifest_that_is_none_is_refused(data: Make, tmp_path: Path, change: Any, message: str) -> None:
-    batches(data())
-    path = tmp_path / "store" / MANIFEST
-    path.write_text(change(json.loads(path.read_text())))
-    with pytest.raises(DictlearnError, match=message):
-        data().statistics(300)
-
-
 def test_the_manifest_says_where_its_activations_come_from(data: Make, tmp_path: Path, lm: LM) -> None:
     batches(data())
     found = manifest(tmp_path)
@@ -457,32 +276,61 @@ def test_streams_of_a_store_are_stored_streams(data: Make) -> None:
 
 # -- whole runs --
 
+SMALL_EVALUATION = ("~evaluation.blocks.behaviour", "evaluation.n_tokens=500")
 
-def test_runs_that_read_train_the_same_weights(
+
+def test_runs_that_read_or_write_train_the_same_weights(
     tmp_path: Path, n_read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sites and a grid; a reader that is ended and resumed; one site of the two; another batch size."""
-    monkeypatch.setattr(stored, "SHARD_BYTES", 2**20)
-    common = ["experiment=single", f"data.store={tmp_path / 'store'}", "~evaluation.blocks.behaviour"]
+    """Two sites and a grid. The reader and the second writer are ended and resumed."""
+    monkeypatch.setattr(stored, "SHARD_BYTES", 2**19)
+    common = ["experiment=single", "n_tokens=4_000", "expansion=1", *SMALL_EVALUATION]
     both = [*common, "sites=[resid_post.1,attn_out.2]", "grid={optimizer.lr:[1e-3,2e-3]}"]
-    run_train(tmp_path / "wrote", *both)
-    n_read.clear()
-    run_train(tmp_path / "read", *both)
-    assert n_read == [], "the LM ran in the evaluation alone, which does not go this way"
+    run_train(tmp_path / "wrote", *both, f"data.store={tmp_path / 'store'}")
     expected = weight_hashes(tmp_path / "wrote")
-    assert len(expected) == 4
-    assert weight_hashes(tmp_path / "read") == expected
-    end_at_step(monkeypatch, 17)
-    with pytest.raises(DictlearnError, match="Stopped at step 17"):
-        run_train(tmp_path / "cut", *both)
-    monkeypatch.undo()
-    run_train_resumed(tmp_path / "cut")
-    assert weight_hashes(tmp_path / "cut") == expected
-    run_train(tmp_path / "one", *common, "site=attn_out.2", "batch_size=100", "n_tokens=5_000")
-    text = refused(tmp_path / "no", *common, "site=attn_out.1", "seed=2", "data.ctx=64", "data.block_rows=8")
+    assert len(set(expected.values())) == 4
+    for name, folder in (("read", "store"), ("second", "other")):
+        n_read.clear()
+        with monkeypatch.context() as patch:
+            end_at_step(patch, 9)
+            with pytest.raises(DictlearnError, match="Stopped at step 9"):
+                run_train(tmp_path / name, *both, f"data.store={tmp_path / folder}")
+        run_train_resumed(tmp_path / name)
+        assert weight_hashes(tmp_path / name) == expected
+        assert bool(n_read) == (name == "second"), "the evaluation does not go this way"
+    shards = [[load_file(path) for path in sorted((tmp_path / at).glob("shard-*"))] for at in ("store", "other")]
+    for at in (0, 1):
+        assert sum(len(shard["rows"]) for shard in shards[at]) == 4_096
+    for name in shards[0][0]:
+        one, other = (torch.cat([shard[name] for shard in part]) for part in shards)
+        assert torch.equal(one, other)
+    store_of = f"data.store={tmp_path / 'store'}"
+    text = refused(
+        tmp_path / "no", *common, store_of, "site=attn_out.1", "seed=2", "data.ctx=64", "data.block_rows=8"
+    )
     assert "seed is 0 there, 2 here" in text
     assert "data.ctx is 128 there, 64 here" in text
     assert "its sites are resid_post.1, attn_out.2" in text
+
+
+@pytest.mark.parametrize("fails", ["build_members", "identity_of", "_fit"])
+def test_a_run_that_fails_lets_others_use_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise DictlearnError("this run fails")
+
+    monkeypatch.setattr(run, fails, fail)
+    with pytest.raises(DictlearnError, match="this run fails") as error:
+        run_train(
+            tmp_path / "run",
+            "experiment=single",
+            "site=resid_post.1",
+            f"data.store={tmp_path / 'store'}",
+            "statistics_n_tokens=200",
+        )
+    FileLock(tmp_path / "store" / LOCK).acquire(timeout=0).lock.release()
+    assert error.tb is not None, "what the failed run holds is alive"
 
 
 def end_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -509,19 +357,3 @@ def refused(run_dir: Path, *overrides: str) -> str:
         run_train(run_dir, *overrides)
     assert not run_dir.exists()
     return str(error.value)
-
-
-def test_a_writer_that_is_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "SHARD_BYTES", 2**20)
-    one = ["experiment=single", "site=resid_post.1", "~evaluation.blocks.behaviour"]
-    run_train(tmp_path / "whole", *one, f"data.store={tmp_path / 'a'}")
-    end_at_step(monkeypatch, 21)
-    with pytest.raises(DictlearnError, match="Stopped at step 21"):
-        run_train(tmp_path / "cut", *one, f"data.store={tmp_path / 'b'}")
-    monkeypatch.undo()
-    run_train_resumed(tmp_path / "cut")
-    assert weight_hashes(tmp_path / "cut") == weight_hashes(tmp_path / "whole")
-    for path in (tmp_path / "a").glob("*.safetensors"):
-        assert "shard" not in path.name or path.stat().st_size > 0
-    run_train(tmp_path / "read", *one, f"data.store={tmp_path / 'b'}")
-    assert weight_hashes(tmp_path / "read") == weight_hashes(tmp_path / "whole")
