@@ -2,8 +2,8 @@
 
 Every contender is a process of its own with the same planted batches; they take turns, a few steps each, so that a
 noisy machine is noisy for all. Reported is the median over the rounds, as a ratio to ours and as a fraction of a
-yardstick: the dense product of the encoder, and moving the bytes that Adam has to (peers/run_yardstick.py). Prints a
-table and writes benchmarks/results/step_<device>.json.
+yardstick: the dense product of the encoder, and moving the bytes that Adam has to (peers/run_yardstick.py). Prints
+a table and writes benchmarks/results/step_<device>.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OURS, YARDSTICK, PRODUCT = "dictlearn", "yardstick", "product"
 
 
 def run(names: list[str], spec: dict[str, Any], n_rounds: int, n_warmup: int) -> dict[str, Any]:
-    """Name -> {"seconds": [one per round]} or {"unavailable": why}."""
+    """Name -> {"seconds": [two per round]} or {"unavailable": why}."""
     results: dict[str, Any] = {}
     contenders: dict[str, Contender] = {}
     for name in names:
@@ -79,7 +79,7 @@ def show(results: list[dict[str, Any]]) -> None:
             middle, best = median(result["seconds"]), min(result["seconds"])
             ratios = [f"{middle / ours:.2f}", f"{yardstick / middle:.0%}"]
             rows.append([name, f"{1e3 * middle:.1f}", f"{1e3 * best:.1f}", *ratios])
-        columns = ["contender", "ms a step (median)", "fastest", "times ours", "of the yardstick"]
+        columns = ["contender", "ms a step (median)", "fastest, ms", "times ours", "of the yardstick"]
         print(table(title, columns, rows), flush=True)
 
 
@@ -91,20 +91,22 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, default=24_576 if on_gpu else 16_384)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8192 if on_gpu else 2048)
-    parser.add_argument("--sparsifiers", default="top_k,batch_top_k,relu,jump_relu")
+    parser.add_argument("--sparsifiers", default="top_k,relu", help="of top_k, batch_top_k, relu, jump_relu")
     parser.add_argument(
         "--precisions", default="mixed,float32", help="mixed: bfloat16 products; float32 on both sides"
     )
     parser.add_argument("--peers", default=",".join(PACKAGES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender, two timed steps in each")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of each contender before the first turn")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the JSON file")
     arguments = parser.parse_args()
     names = [OURS, YARDSTICK, PRODUCT, *filter(None, arguments.peers.split(","))]
     results: list[dict[str, Any]] = []
     for spec in cells(arguments):
         results.append({"spec": spec, "contenders": run(names, spec, arguments.rounds, arguments.warmup)})
         show(results[-1:])
-    out = FOLDER / "results" / f"step_{arguments.device}.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = arguments.out / f"step_{arguments.device}.json"
     out.write_text(json.dumps({"hardware": hardware(), "peers": PACKAGES, "results": results}, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
 """Sparse maths on compact latents: the encoder product is the only dense one.
 
 Per token a dense step costs 6 x 2 d n_latents FLOP and this one 2 d n_latents + 8 d k. No operation makes a second
-`[batch, n_latents]` tensor. Each has one public function, which chooses by device between torch here and triton/;
-what it computes is written out, dense, in reference.py.
+`[batch, n_latents]` tensor. Each has one public function, which chooses between Triton on a GPU (triton/), compiled
+code on a CPU (native.cpp) and plain torch (backend.py); what it computes is written out, dense, in reference.py.
 """
 
 from dictlearn.kernels.decode import decode

@@ -30,9 +30,9 @@ def encode_top_k(
     b_enc: Float[Tensor, " n_latents"],
     k: int,
 ) -> SparseLatents:
-    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact.
+    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact: `.to_dense()` is [n_tokens, n_latents].
 
-    Differentiable once. Raises ValueError for a `k` that is not from 1 to n_latents.
+    Differentiable once. Raises ValueError for other shapes, and for a `k` that is not from 1 to n_latents.
     """
     return _encode(x, W_enc, b_enc, k, _of_each_token)
 
@@ -45,7 +45,7 @@ def encode_batch_top_k(
 ) -> SparseLatents:
     """ReLU of the k * n_tokens largest of `x @ W_enc + b_enc` in the batch (Bussmann et al. 2024), compact.
 
-    Differentiable once. Raises ValueError for a `k` that is not from 1 to n_latents.
+    Differentiable once. Raises ValueError for other shapes, and for a `k` that is not from 1 to n_latents.
     """
     return _encode(x, W_enc, b_enc, k, _of_the_batch)
 
@@ -63,6 +63,12 @@ Select = Callable[[Tensor, Tensor, Tensor, int, torch.dtype], _Selected]
 
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select) -> SparseLatents:
     n_latents = W_enc.shape[-1]
+    shapes = [list(t.shape) for t in (x, W_enc, b_enc)]
+    if shapes != [[len(x), len(W_enc)], [len(W_enc), n_latents], [n_latents]] or len({x.dtype, W_enc.dtype}) > 1:
+        raise ValueError(
+            f"x, W_enc, b_enc must be [n_tokens, d_in], [d_in, n_latents], [n_latents], of one type; got {shapes}, "
+            f"{x.dtype} and {W_enc.dtype}"
+        )
     if not 0 < k <= n_latents:
         raise ValueError(f"k must be from 1 to n_latents = {n_latents}, got {k}")
     values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, select)  # type: ignore[misc]

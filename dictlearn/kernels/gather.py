@@ -20,7 +20,10 @@ def row_products(
     indices: Int[Tensor, " nnz"],
     offsets: Int[Tensor, " n_tokens_plus_1"],
 ) -> Float[Tensor, " nnz"]:
-    """`x[t] . rows[indices[i]]` for each entry i of token t, which owns `offsets[t]:offsets[t + 1]`."""
+    """`x[t] . rows[indices[i]]` for each entry i of token t, which owns `offsets[t]:offsets[t + 1]`.
+
+    Indices are from 0 to n_latents - 1, which only the compiled code checks; not differentiable.
+    """
     if backend.use_triton(x, rows):
         from dictlearn.kernels.triton import sparse
 
@@ -41,7 +44,10 @@ def scatter_outer(
     x: Float[Tensor, "n_tokens d"],
     n_latents: int,
 ) -> Float[Tensor, "n_latents d"]:
-    """Row j is the sum of `values[i] * x[t]` over the entries i with `indices[i] == j`, t the token of i."""
+    """Row j is the sum of `values[i] * x[t]` over the entries i with `indices[i] == j`, t the token of i.
+
+    Indices are from 0 to n_latents - 1, which only the compiled code checks; not differentiable.
+    """
     if backend.use_triton(values, x):
         from dictlearn.kernels.triton import sparse
 
