@@ -30,7 +30,7 @@ def encode_top_k(
     b_enc: Float[Tensor, " n_latents"],
     k: int,
 ) -> SparseLatents:
-    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact: `.to_dense()` is [n_tokens, n_latents].
+    """ReLU of the k largest of `x @ W_enc + b_enc` in each row (Gao et al. 2024), compact.
 
     Differentiable once. Raises ValueError for other shapes, and for a `k` that is not from 1 to n_latents.
     """
