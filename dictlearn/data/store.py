@@ -102,29 +102,30 @@ class ActivationStore:
         return None if self._statistics is None else (*self._statistics, self.contents["statistics_n_tokens"])
 
     def keep(self, statistics: Mapping[str, SiteStatistics], limits: Mapping[str, float], n_tokens: int) -> None:
-        """What later runs start from; written with the first shard."""
+        """What later runs start from. From here on the folder belongs to runs of these contents."""
         self._statistics = dict(statistics), dict(limits)
         self.contents["statistics_n_tokens"] = n_tokens
+        path = self.folder / STATISTICS
+        with _whole(path) as partial:
+            save_file(_flat(*self._statistics), partial)
+        self._write_manifest(Manifest(self.contents, hashlib.sha256(path.read_bytes()).hexdigest()))
 
     def append(self, tensors: Mapping[str, Tensor], position: dict[str, Any]) -> None:
         """The next activations: site -> [n, d], and tokens, rows, positions [n], on the CPU in their stored dtypes.
 
         `position` is the stream's after them. Raises DictlearnError where they cannot be written.
         """
-        assert self._statistics is not None
         manifest = self._manifest
-        if manifest is None:
-            path = self.folder / STATISTICS
-            with _whole(path) as partial:
-                save_file(_flat(*self._statistics), partial)
-            manifest = Manifest(self.contents, hashlib.sha256(path.read_bytes()).hexdigest())
+        assert manifest is not None
         path = self.folder / shard_name(len(manifest.shards))
         with _whole(path) as partial:
             save_file(dict(tensors), partial)
         n = len(tensors["tokens"])
         sha256 = {name: _sha256(value) for name, value in tensors.items()}
         shard = Shard(n, path.stat().st_size, sha256, position)
-        manifest = Manifest(self.contents, manifest.statistics_sha256, (*manifest.shards, shard))
+        self._write_manifest(Manifest(self.contents, manifest.statistics_sha256, (*manifest.shards, shard)))
+
+    def _write_manifest(self, manifest: Manifest) -> None:
         with _whole(self.folder / MANIFEST) as partial:
             partial.write_text(manifest.to_json())
         self._manifest = manifest
