@@ -238,7 +238,7 @@ def test_a_writer_that_was_ended_at_once_keeps_its_folder(data: Make) -> None:
     first.statistics(300)
     next(iter(first.train_dataloader()))
     first.close()
-    with pytest.raises(DictlearnError, match="only a run of the same settings continues it: .*n_tokens"):
+    with pytest.raises(DictlearnError, match=r"only a run of the same settings continues it: .*n_tokens"):
         data(n_tokens=N_TOKENS // 2).train_dataloader()
     assert len(batches(data())) > 0
 

@@ -12,6 +12,7 @@ from dictlearn.data import (
     ActivationData,
     ActivationStream,
     NormFilter,
+    Sequences,
     SequenceStream,
     estimate_norm_filter,
     estimate_statistics,
@@ -224,6 +225,6 @@ def test_data_filters_what_the_text_says(store, monkeypatch):
         assert data.statistics(200)["a"].n_filtered > 10
         assert data.norm_filter == estimate_norm_filter(data.read, store, 10.0)
         for batch in data.train_dataloader():
-            tokens = batch.tokens if kind == "shuffled" else batch.tokens[batch.mask]
+            tokens = batch.tokens[batch.mask] if isinstance(batch, Sequences) else batch.tokens
             assert len(tokens)
             assert not is_outlier(tokens).any()
