@@ -7,6 +7,7 @@ A dictionary of several sites has one more axis before the width: `[*, n_reads, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -90,20 +91,15 @@ class Output(NamedTuple):
     pre_acts: Tensor | None
 
 
-class LatentRows(NamedTuple):
-    """The weights of some latents in normalised units, one row each, with the site axes flattened."""
+class Encoded(NamedTuple):
+    """The latents of a training step, and the dense pre-activations where the penalty needs them."""
 
-    W_enc: Float[Tensor, "n reads"]
-    b_enc: Float[Tensor, " n"]
-    W_dec: Float[Tensor, "n writes"]
+    latents: Latents
+    pre_acts: Tensor | None = None
 
-    @staticmethod
-    def of(dictionary: Dictionary, latents: Int[Tensor, " n"]) -> LatentRows:
-        return LatentRows(
-            dictionary.flat_W_enc.T.index_select(0, latents),
-            dictionary.b_enc.index_select(0, latents),
-            dictionary.flat_W_dec.index_select(0, latents),
-        )
+
+LatentRows: TypeAlias = Mapping[str, Tensor]
+"""The weights of some latents by parameter, one row for each latent, with the site axes flattened."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Step:
     `x` [batch, n_reads * d_in], `target` and `recon` [batch, n_writes * d_out]; `variance` [n_writes] is the
     mean over tokens of ||target - mean||^2 per write site, a constant of the run, so that losses and coefficients
     mean the same at every batch size and activation scale. `dead` lists the latents counted as dead, or is None
-    when there are none.
+    when there are none. `pre_acts` are dense, and there where the sparsifier's penalty needs them.
 
     What a training loop may add: `dead_rows` are their weights, to learn through in place of the dictionary's own.
     Of a step that is a chunk of a batch, `residual_variance` is the whole batch's mean of ||r - mean r||^2 over its
@@ -127,6 +123,7 @@ class Step:
     latents: Latents
     variance: Float[Tensor, " n_writes"]
     dead: Int[Tensor, " n_dead"] | None = None
+    pre_acts: Float[Tensor, "batch n_latents"] | None = None
     dead_rows: LatentRows | None = None
     residual_variance: Scalar | None = None
 

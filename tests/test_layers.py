@@ -12,6 +12,8 @@ LAYER = {
     "types": 0,
     "registry": 0,
     "choices": 0,
+    "checks": 0,
+    "ramp": 0,
     "config": 0,
     "files": 0,
     "overrides": 0,

@@ -15,14 +15,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dictlearn.dictionaries import _scales
 from dictlearn.kernels import LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
 from dictlearn.losses.recon import recon_loss
-from dictlearn.registry import kind_of
 from dictlearn.sparsifiers import Sparsifier
-from dictlearn.types import DictlearnError, Latents, Output, Scalar, SparseLatents, Step
+from dictlearn.types import DictlearnError, LatentRows, Latents, Output, Scalar, SparseLatents, Step
 
 INPUT_NORMS = ("none", "layer_norm")
 
@@ -47,6 +48,9 @@ class Dictionary(nn.Module, ABC):
     """
 
     site_axis: ClassVar[bool] = False  # several read or write sites: activations have a site axis before the width
+    linear_encoder: ClassVar[bool] = True  # pre-activations are x~ @ W_enc + b_enc
+    latent_axis: ClassVar[Mapping[str, int]] = {"W_enc": -1, "b_enc": 0, "W_dec": 0}  # one entry a latent
+    inference_kind: ClassVar[str | None] = None  # of `for_inference()`, where it is another
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Dictionary(nn.Module, ABC):
         input_norm: str = "none",
     ) -> None:
         super().__init__()
-        sparsifier.check(n_latents)
+        sparsifier.bind(n_latents)
         if not self.site_axis and (len(reads), len(writes)) != (1, 1):
             raise DictlearnError(f"{type(self).__name__} has one read and one write site, got {reads}, {writes}.")
         if decoder_norm not in (None, "unit", "free"):
@@ -205,7 +209,46 @@ class Dictionary(nn.Module, ABC):
         norms = self.W_dec.norm(dim=-1)
         return norms.sum(-1) if self.site_axis else norms
 
+    # -- latents one by one --
+
+    def latent_rows(self, latents: Int[Tensor, " n"]) -> LatentRows:
+        """The weights of some latents, in normalised units."""
+        rows = {}
+        for name, axis in self.latent_axis.items():
+            row = self.get_parameter(name).movedim(axis, 0).index_select(0, latents)
+            rows[name] = row.flatten(1) if row.ndim > 1 else row
+        return rows
+
+    def row_pre_acts(self, x: Float[Tensor, "batch reads"], rows: LatentRows) -> Float[Tensor, "batch n"]:
+        """The pre-activations of the latents whose weights are `rows`."""
+        return F.linear(x, rows["W_enc"], rows["b_enc"])
+
+    @torch.no_grad()
+    def add_row_gradients_(self, latents: Int[Tensor, " n"], rows: LatentRows) -> None:
+        """Add the gradients of `rows` to those of the weights they are copies of."""
+        for name, row in rows.items():
+            weight = self.get_parameter(name)
+            if row.grad is None or not weight.requires_grad:
+                continue
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            by_latent = weight.grad.movedim(self.latent_axis[name], 0)
+            by_latent.index_add_(0, latents, row.grad.view(len(latents), *by_latent.shape[1:]))
+
     # -- training --
+
+    def at(self, step: int, n_steps: int) -> None:
+        """Called before the training step `step`, from 0, of `n_steps`: schedules move."""
+        self.sparsifier.at(step, n_steps)
+
+    def set_unit_(self, unit: float) -> None:
+        """Before training, scales being set: see `Sparsifier.set_unit_`."""
+        self.sparsifier.set_unit_(unit)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether, in training, what a token gives depends on no other token of the batch."""
+        return self.sparsifier.per_token
 
     @abstractmethod
     def step(
@@ -221,9 +264,14 @@ class Dictionary(nn.Module, ABC):
         """The losses this architecture needs, by name."""
         return {"recon": recon_loss(step)}
 
+    def penalty(self, step: Step) -> Scalar | None:
+        """The sparsity loss, coefficient included."""
+        return self.sparsifier.penalty(step)
+
     @torch.no_grad()
     def project_(self) -> None:
         """After every optimiser step: back onto the constraint set."""
+        self.sparsifier.project_()
         if self.decoder_norm == "unit":
             normalise_rows_(self.flat_W_dec)
 
@@ -261,35 +309,19 @@ class Dictionary(nn.Module, ABC):
         mean_x = (read_means * self.read_scale.unsqueeze(-1)).flatten()
         self.b_enc.copy_(-mean_x @ self.flat_W_enc)
 
-    @torch.no_grad()
     def start_from_(self, other: Dictionary) -> None:
         """Take the weights of `other`: the same function of raw activations, in units of this one's scales.
 
-        Set the scales before. The sparsifier stays this dictionary's own, so `k` may differ. `other` is usually an
-        inference dictionary, which `for_inference()` then gives back. Where this one's `decoder_norm` is "unit",
-        the norm of each row of W_dec over all write sites moves into the encoder. Rows of unequal norm (`other` was
-        "free", or the write sites' scales are in another proportion) then change what a TopK selects.
+        Set the scales before. The sparsifier stays this dictionary's own, so `k` may differ; what it learns is
+        taken where `other` has it. `other` is usually an inference dictionary, which `for_inference()` then gives
+        back. Where this one's `decoder_norm` is "unit", the norm of each row of W_dec over all write sites moves
+        into the encoder. Rows of unequal norm (`other` was "free", or the write sites' scales are in another
+        proportion) then change what a TopK selects.
 
         Raises DictlearnError where anything but the sparsifier and `decoder_norm` differs, or where a row of W_dec
         that has to be unit is zero.
         """
-        mine, theirs = ({"kind": kind_of(d), **d.config()} for d in (self, other))
-        if differing := [key for key in mine if key != "decoder_norm" and mine[key] != theirs.get(key)]:
-            listed = ", ".join(f"{key} is {theirs.get(key)} there and {mine[key]} here" for key in differing)
-            raise DictlearnError(f"A dictionary starts from one of its own kind, sites and widths: {listed}.")
-        n_zero = int((other.flat_W_dec.norm(dim=-1) == 0).sum())
-        if self.decoder_norm == "unit" and n_zero:
-            raise DictlearnError(
-                f"decoder_norm=unit cannot start from rows of W_dec that are zero; {n_zero} of {self.n_latents} "
-                "are: use decoder_norm=free."
-            )
-        start = copy.deepcopy(other)
-        _fold_scales(start)
-        for name, parameter in self.named_parameters(recurse=False):
-            parameter.copy_(start.get_parameter(name))
-        _unfold_scales(self)
-        if self.decoder_norm == "unit":
-            self._move_norms_(self.flat_W_dec.norm(dim=-1))
+        _scales.start_from_(self, other)
 
     # -- export --
 
@@ -298,26 +330,32 @@ class Dictionary(nn.Module, ABC):
         """A frozen copy with the scales folded into the weights; the same latents up to a positive factor.
 
         With one write site, latents then come in raw activation units: the write scale moves from the decoder
-        into the encoder, which keeps the selection because every latent moves alike. Where no selection depends on
-        decoder norms being comparable (norm-weighted sparsifiers) each row's norm is folded as well. A layer norm
-        stays, and latents are in units of the token's standard deviation.
+        into the encoder, which keeps the selection because every latent moves alike. Where no latent's firing
+        depends on another one (ReLU, JumpReLU) each row's norm is folded as well. A layer norm stays, and latents
+        are in units of the token's standard deviation.
         """
         folded = copy.deepcopy(self).requires_grad_(False).eval()
-        _fold_scales(folded)
-        if self.sparsifier.norm_weighted:
-            folded._move_norms_(folded.decoder_norms())
+        folded.sparsifier = self.sparsifier.for_inference().requires_grad_(False).eval()
+        _scales.fold(folded)
+        if folded.sparsifier.per_latent:
+            folded.move_norms_(folded.decoder_norms())
         return folded
 
-    def _move_norms_(self, norms: Float[Tensor, " n_latents"]) -> None:
+    def move_norms_(self, norms: Float[Tensor, " n_latents"]) -> None:
         """Divide the rows of W_dec by `norms`, multiply the latents by them; rows of norm zero stay."""
         norms = torch.where(norms > 0, norms, 1.0)
         self.W_dec.div_(norms.reshape(-1, *[1] * (self.W_dec.ndim - 1)))
         self.scale_latents_(norms)
 
     def scale_latents_(self, factor: Float[Tensor, " n_latents"]) -> None:
-        """Multiply every latent by its positive `factor`; needs a positively homogeneous sparsifier."""
+        """Multiply every latent by its positive `factor`."""
         self.W_enc.mul_(factor)
         self.b_enc.mul_(factor)
+        self.sparsifier.scale_latents_(factor)
+
+    def scale_reads_(self, factor: Float[Tensor, "*reads_and_width"]) -> None:
+        """Multiply what the encoder reads by `factor`, [n_reads, 1] where there is a site axis, else [1]."""
+        self.W_enc.mul_(factor.unsqueeze(-1))
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments other than the sparsifier, JSON-able."""
@@ -342,35 +380,3 @@ def _needed(x: Tensor | None, part: str) -> Tensor:
     if x is None:
         raise DictlearnError(f"This dictionary has {part}: decode(latents, x) needs the input x.")
     return x
-
-
-def _fold_scales(dictionary: Dictionary) -> None:
-    """Move `read_scale` and `write_scale` into the weights and set them to one."""
-    read, write = dictionary.read_scale.clone(), dictionary.write_scale.clone()
-    _rescale_weights(dictionary, read, 1 / write)
-    dictionary.read_scale.fill_(1.0)
-    dictionary.write_scale.fill_(1.0)
-
-
-def _unfold_scales(dictionary: Dictionary) -> None:
-    """The inverse: from weights in raw units to weights for the scales that are set."""
-    _rescale_weights(dictionary, 1 / dictionary.read_scale, dictionary.write_scale)
-
-
-def _rescale_weights(
-    dictionary: Dictionary, reads: Float[Tensor, " n_reads"], writes: Float[Tensor, " n_writes"]
-) -> None:
-    """Multiply what the weights read by `reads` and what they write by `writes`.
-
-    With one write site the latents are multiplied as well, and the rows of W_dec keep their norms.
-    """
-    per_read = reads.unsqueeze(-1) if dictionary.site_axis else reads
-    per_write = writes.unsqueeze(-1) if dictionary.site_axis else writes
-    dictionary.W_enc.mul_(per_read.unsqueeze(-1))
-    dictionary.b_dec.mul_(per_write)
-    if dictionary.W_skip is not None:
-        dictionary.W_skip.mul_(per_read).mul_(per_write.reshape(per_write.shape + (1,) * per_read.ndim))
-    if len(writes) == 1:
-        dictionary.scale_latents_(writes.expand(dictionary.n_latents))
-    else:
-        dictionary.W_dec.mul_(per_write)

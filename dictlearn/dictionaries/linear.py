@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.kernels import decode
 from dictlearn.sparsifiers.top_k import TopK
-from dictlearn.types import SparseLatents, Step
+from dictlearn.types import Encoded, SparseLatents, Step
 
 
 class Linear(Dictionary):
@@ -25,6 +27,10 @@ class Linear(Dictionary):
         flat = self.normalise(x)
         return self.sparsifier.encode_sparse(flat.reshape(-1, flat.shape[-1]), self.flat_W_enc, self.b_enc)
 
+    def encode_step(self, x: Float[Tensor, "batch reads"]) -> Encoded:
+        """Latents of a training step, from normalised reads."""
+        return self.sparsifier.encode_step(x, self.flat_W_enc, self.b_enc)
+
     def step(
         self,
         x: Tensor,
@@ -33,11 +39,21 @@ class Linear(Dictionary):
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> Step:
         flat_x, flat_target = self.normalise(x), self.normalise_target(target, x)
-        latents = self.sparsifier.encode_step(flat_x, self.flat_W_enc, self.b_enc)
+        latents, pre_acts = self.encode_step(flat_x)
         recon = decode(latents, self.flat_W_dec) + self.b_dec.flatten()  # [batch, n_writes * d_out]
         if self.W_skip is not None:
             recon = recon + self._skip(flat_x)
-        return Step(self, flat_x, flat_target, recon, latents, variance, dead)
+        return Step(self, flat_x, flat_target, recon, latents, variance, dead, pre_acts)
+
+    @torch.no_grad()
+    def as_linear(self) -> Linear:
+        """A plain linear dictionary with a copy of these weights, scales and sparsifier."""
+        made = Linear(sparsifier=copy.deepcopy(self.sparsifier), **Dictionary.config(self))
+        made.sparsifier = copy.deepcopy(self.sparsifier)  # binding it has made its thresholds anew
+        for name, tensor in [*made.named_parameters(recurse=False), *made.named_buffers(recurse=False)]:
+            tensor.copy_(getattr(self, name))
+        made.metadata = dict(self.metadata)
+        return made.to(self.b_dec.device)
 
     @classmethod
     def tiny(cls) -> Linear:

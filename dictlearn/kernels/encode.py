@@ -50,6 +50,34 @@ def encode_batch_top_k(
     return _encode(x, W_enc, b_enc, k, _of_the_batch)
 
 
+def encode_abs_top_k(
+    x: Float[Tensor, "n_tokens d_in"],
+    W_enc: Float[Tensor, "d_in n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    k: int,
+) -> SparseLatents:
+    """The k of `x @ W_enc + b_enc` with the largest absolute values in each row, signs kept, compact.
+
+    Differentiable once. Raises ValueError for other shapes, and for a `k` that is not from 1 to n_latents.
+    """
+    return _encode(x, W_enc, b_enc, k, _of_each_token_by_size, signed=True)
+
+
+def encode_group_max(
+    x: Float[Tensor, "n_tokens d_in"],
+    W_enc: Float[Tensor, "d_in n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    k: int,
+) -> SparseLatents:
+    """ReLU of the largest of `x @ W_enc + b_enc` in each of k groups of successive latents, compact.
+
+    Differentiable once. Raises ValueError for other shapes, and for a `k` that does not divide n_latents.
+    """
+    if k < 1 or W_enc.shape[-1] % k:
+        raise ValueError(f"k must divide n_latents = {W_enc.shape[-1]}, got {k}")
+    return _encode(x, W_enc, b_enc, k, _of_each_group)
+
+
 class _Selected(NamedTuple):
     """Pre-activations, row-compressed as SparseLatents; the indices of a token ascend."""
 
@@ -61,7 +89,7 @@ class _Selected(NamedTuple):
 Select = Callable[[Tensor, Tensor, Tensor, int, torch.dtype], _Selected]
 
 
-def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select) -> SparseLatents:
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select, signed: bool = False) -> SparseLatents:
     n_latents = W_enc.shape[-1]
     shapes = [list(t.shape) for t in (x, W_enc, b_enc)]
     if shapes != [[len(x), len(W_enc)], [len(W_enc), n_latents], [n_latents]] or len({x.dtype, W_enc.dtype}) > 1:
@@ -71,45 +99,97 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select) -> 
         )
     if not 0 < k <= n_latents:
         raise ValueError(f"k must be from 1 to n_latents = {n_latents}, got {k}")
-    values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, select)  # type: ignore[misc]
+    values, indices, offsets = _Encode.apply(x, W_enc, b_enc, k, select, signed)  # type: ignore[misc]
     return SparseLatents(values, indices, offsets, n_latents)
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select) -> _Selected:
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select: Select, signed: bool
+    ) -> _Selected:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             values, indices, offsets = select(x, W_enc, b_enc, k, dtype)
-        values = values.relu_()
+        if not signed:
+            values = values.relu_()
+        ctx.signed = signed
         ctx.save_for_backward(x, W_enc, values, indices, offsets)
         ctx.mark_non_differentiable(indices, offsets)
         return _Selected(values, indices, offsets)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, W_enc, values, indices, offsets = ctx.saved_tensors
-        grad = torch.where(values > 0, grads[0], 0.0)  # [nnz]
+        grad = grads[0] if ctx.signed else torch.where(values > 0, grads[0], 0.0)  # [nnz]
         grad_W = scatter_outer(grad, indices, offsets, x, W_enc.shape[-1]).T
         grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = sum_of_rows(grad, indices, offsets, W_enc.T.contiguous())
-        return grad_x, grad_W, grad_b, None, None
+        return grad_x, grad_W, grad_b, None, None, None
 
 
 def _of_each_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> _Selected:
-    n_tokens, n_latents = len(x), W_enc.shape[-1]
-    m = min(k + max(8, k // 4), n_latents)
+    m = min(k + max(8, k // 4), W_enc.shape[-1])
     values, candidates = _propose(x.to(dtype), W_enc.to(dtype), b_enc, m)  # [n_tokens, m]
-    if not _is_exact(x, dtype):
-        values = row_products(x, W_enc.T, candidates.flatten(), _offsets(n_tokens, m, x.device)).view(n_tokens, m)
-        values += b_enc[candidates]
+    values = _exactly(values, candidates, x, W_enc, b_enc, dtype)
     values, places = top_columns(values, k)
-    indices = candidates.gather(-1, places)
-    return _Selected(values.flatten(), indices.flatten(), _offsets(n_tokens, k, x.device))
+    return _in_rows(values, candidates.gather(-1, places))
+
+
+def _of_each_token_by_size(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> _Selected:
+    m = min(k + max(8, k // 4), W_enc.shape[-1])
+    candidates = _by_tiles(x.to(dtype), W_enc.to(dtype), lambda tile: top_columns(tile.add_(b_enc).abs_(), m)[1])
+    values = _exactly(None, candidates, x, W_enc, b_enc, dtype)
+    places = top_columns(values.abs(), k)[1]
+    return _in_rows(values.gather(-1, places), candidates.gather(-1, places))
+
+
+def _of_each_group(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> _Selected:
+    n_tokens, n_latents = len(x), W_enc.shape[-1]
+    per_group = n_latents // k
+    m = 1 if _is_exact(x, dtype) else min(4, per_group)
+
+    def largest(tile: Tensor) -> Int[Tensor, "n k_times_m"]:
+        found = top_columns(tile.add_(b_enc).view(len(tile) * k, per_group), m)[1].view(len(tile), k, m)
+        return (found + torch.arange(0, n_latents, per_group, device=x.device).unsqueeze(-1)).flatten(1)
+
+    candidates = _by_tiles(x.to(dtype), W_enc.to(dtype), largest)  # [n_tokens, k * m]
+    values = _exactly(None, candidates, x, W_enc, b_enc, dtype)
+    best = values.view(n_tokens, k, m).max(-1, keepdim=True)
+    chosen = candidates.view(n_tokens, k, m).gather(-1, best.indices)
+    return _in_rows(best.values.squeeze(-1), chosen.squeeze(-1))
+
+
+def _exactly(
+    values: Float[Tensor, "n_tokens m"] | None,
+    candidates: Int[Tensor, "n_tokens m"],
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    dtype: torch.dtype,
+) -> Float[Tensor, "n_tokens m"]:
+    """The pre-activations of the candidates; `values` where a product in `dtype` is as exact as can be."""
+    if values is not None and _is_exact(x, dtype):
+        return values
+    offsets = _offsets(len(x), candidates.shape[-1], x.device)
+    return row_products(x, W_enc.T, candidates.flatten(), offsets).view_as(candidates) + b_enc[candidates]
+
+
+def _in_rows(values: Float[Tensor, "n_tokens k"], indices: Int[Tensor, "n_tokens k"]) -> _Selected:
+    return _Selected(values.flatten(), indices.flatten(), _offsets(*values.shape, values.device))
+
+
+def _by_tiles(
+    x: Tensor, W_enc: Tensor, choose: Callable[[Float[Tensor, "n n_latents"]], Int[Tensor, "n m"]]
+) -> Int[Tensor, "n_tokens m"]:
+    """What `choose` finds in `x @ W_enc`, in tiles of rows that share one buffer, which it may overwrite."""
+    n_rows = max(1, TILE_BYTES.get(x.device.type, 2**24) // (W_enc.shape[-1] * x.element_size()))
+    buffer = x.new_empty(min(n_rows, len(x)), W_enc.shape[-1])
+    return torch.cat([choose(torch.mm(rows, W_enc, out=buffer[: len(rows)])) for rows in x.split(n_rows)])
 
 
 def _propose(
@@ -124,14 +204,15 @@ def _propose(
 
         if propose.fits(W_enc.shape[-1], m):
             return propose.propose(x, W_enc.T, b_enc, m)
-    n_rows = max(1, TILE_BYTES.get(x.device.type, 2**24) // (W_enc.shape[-1] * x.element_size()))
-    buffer = x.new_empty(min(n_rows, len(x)), W_enc.shape[-1])
-    values, indices = [], []
-    for rows in x.split(n_rows):
-        found = top_columns(torch.mm(rows, W_enc, out=buffer[: len(rows)]), m, b_enc)
-        values.append(found[0])
-        indices.append(found[1])
-    return torch.cat(values), torch.cat(indices)
+    values: list[Tensor] = []
+
+    def largest(tile: Tensor) -> Tensor:
+        found, indices = top_columns(tile, m, b_enc)
+        values.append(found)
+        return indices
+
+    indices = _by_tiles(x, W_enc, largest)
+    return torch.cat(values), indices
 
 
 def _of_the_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> _Selected:

@@ -25,6 +25,20 @@ def encode_batch_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float
     return (pre_acts * kept.view_as(pre_acts)).relu()
 
 
+def encode_abs_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float[Tensor, "n_tokens n_latents"]:
+    """Each row's k pre-activations of largest absolute value, of equal ones the first; differentiable."""
+    pre_acts = x @ W_enc + b_enc
+    order = pre_acts.detach().abs().sort(dim=-1, descending=True, stable=True).indices
+    return pre_acts * torch.zeros_like(pre_acts).scatter(-1, order[:, :k], 1.0)
+
+
+def encode_group_max(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float[Tensor, "n_tokens n_latents"]:
+    """ReLU of the largest of each of k groups of successive pre-activations, of equal ones the first."""
+    pre_acts = (x @ W_enc + b_enc).unflatten(-1, (k, -1))
+    best = pre_acts.detach().sort(dim=-1, descending=True, stable=True).indices[..., :1]
+    return (pre_acts * torch.zeros_like(pre_acts).scatter(-1, best, 1.0)).flatten(1).relu()
+
+
 def decode(latents: SparseLatents, W_dec: Tensor) -> Float[Tensor, "n_tokens width"]:
     return latents.to_dense() @ W_dec
 

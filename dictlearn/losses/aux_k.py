@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dictlearn.kernels import decode, encode_top_k
-from dictlearn.types import DictlearnError, LatentRows, Latents, Scalar, Step
+from dictlearn.types import DictlearnError, Latents, Scalar, Step
 
 DENSE_BELOW = 16  # dead latents per wanted one: fewer cost less as dense products than as sparse ones
 
@@ -46,14 +46,14 @@ class AuxK:
             return None
         n_dead = len(step.dead)
         wanted = self.k or max(1, step.x.shape[-1] // 2)
-        W_enc, b_enc, W_dec = step.dead_rows or LatentRows.of(step.dictionary, step.dead)
+        rows = step.dead_rows or step.dictionary.latent_rows(step.dead)
         k = min(wanted, n_dead)
-        if n_dead <= DENSE_BELOW * k:
-            latents: Latents = _dense_top_k(F.linear(step.x, W_enc, b_enc), k)  # [batch, n_dead]
+        if n_dead <= DENSE_BELOW * k or not step.dictionary.linear_encoder:
+            latents: Latents = _dense_top_k(step.dictionary.row_pre_acts(step.x, rows), k)  # [batch, n_dead]
         else:
-            latents = encode_top_k(step.x, W_enc.T, b_enc, k)
+            latents = encode_top_k(step.x, rows["W_enc"].T, rows["b_enc"], k)
         residual = (step.target - step.recon).detach()
-        error = F.mse_loss(decode(latents, W_dec), residual, reduction="sum") / len(residual)
+        error = F.mse_loss(decode(latents, rows["W_dec"]), residual, reduction="sum") / len(residual)
         variance = _variance(residual) if step.residual_variance is None else step.residual_variance
         fvu = error / variance.clamp_min(1e-12)  # of an exact target nothing is left to explain
         return self.coefficient * min(n_dead / wanted, 1.0) * fvu

@@ -15,7 +15,7 @@ from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries import Dictionary
 from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
-from dictlearn.types import DictlearnError, LatentRows, Scalar, Step
+from dictlearn.types import DictlearnError, Scalar, Step
 
 
 @runtime_checkable
@@ -56,10 +56,19 @@ class Learner(nn.Module):
         self.terms = dict(terms)
         self.revives_dead = any(getattr(term, "revives_dead", False) for term in self.terms.values())
         self.clip_norm = clip_norm
+        if micro_batch_size is not None and not dictionary.per_token:
+            raise DictlearnError(
+                f"micro_batch_size={micro_batch_size} needs a sparsifier that looks at one token at a time; "
+                f"{type(dictionary.sparsifier).__name__}, as {name} has it, looks at the whole batch: use null."
+            )
         self.micro_batch_size = micro_batch_size
         self.register_buffer("variance", variance)
         width = dictionary.flat_W_dec.shape[-1]
         self.statistics = TrainingStatistics(dictionary.n_latents, width, dead_after_tokens)
+
+    def at(self, step: int, n_steps: int) -> None:
+        """Called before the training step `step`, from 0, of `n_steps`: schedules move."""
+        self.dictionary.at(step, n_steps)
 
     def loss(self, batch: Batch) -> Scalar:
         """The total loss on one batch; counts it in the statistics.
@@ -86,7 +95,7 @@ class Learner(nn.Module):
         """The loss on a step or a chunk of one, which is counted."""
         dictionary = self.dictionary
         parts = list(dictionary.losses(step).values())
-        parts += [dictionary.sparsifier.penalty(step), *(term(step) for term in self.terms.values())]
+        parts += [dictionary.penalty(step), *(term(step) for term in self.terms.values())]
         self.statistics.count(step)
         return torch.stack([part for part in parts if part is not None]).sum()
 
@@ -105,9 +114,10 @@ class Learner(nn.Module):
         n_tokens = sum(len(x) for x, _ in chunks)
         rows = residual_variance = None
         if revived is not None:
-            rows = LatentRows(*(row.detach().requires_grad_() for row in LatentRows.of(dictionary, revived)))
+            found = dictionary.latent_rows(revived)
+            rows = {name: row.detach().requires_grad_() for name, row in found.items()}
             residual_variance = self._residual_variance(chunks) if len(chunks) > 1 else None
-        leaves = [*parameters, *(rows or ())]
+        leaves = [*parameters, *(rows or {}).values()]
 
         def chunk_loss(x: Tensor, target: Tensor) -> Scalar:
             step = dictionary.step(x, target, self.variance, self.statistics.dead)
@@ -119,7 +129,7 @@ class Learner(nn.Module):
 
         total = torch.stack([chunk_loss(*chunk) for chunk in chunks]).sum()
         if rows is not None and revived is not None:
-            _add_to_rows_(dictionary, rows, revived)
+            dictionary.add_row_gradients_(revived, rows)
         return total
 
     @torch.no_grad()
@@ -155,18 +165,6 @@ class Learner(nn.Module):
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
 
 
-@torch.no_grad()
-def _add_to_rows_(dictionary: Dictionary, rows: LatentRows, latents: Int[Tensor, " n"]) -> None:
-    """Add the gradients of `rows` to those of the dictionary's weights."""
-    for weight, row in zip((dictionary.W_enc, dictionary.b_enc, dictionary.W_dec), rows, strict=True):
-        if row.grad is None or not weight.requires_grad:
-            continue
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        by_latent = weight.grad.movedim(-1, 0) if weight is dictionary.W_enc else weight.grad
-        by_latent.index_add_(0, latents, row.grad.view(len(latents), *by_latent.shape[1:]))
-
-
 def prepare(
     dictionary: Dictionary,
     statistics: Mapping[str, SiteStatistics],
@@ -195,6 +193,9 @@ def prepare(
     if normalise == "mean_norm":
         dictionary.read_scale.copy_(torch.tensor([dictionary.d_in**0.5 / s.mean_norm for s in reads]))
         dictionary.write_scale.copy_(torch.tensor([dictionary.d_out**0.5 / s.mean_norm for s in writes]))
+    spreads = [s.layer_norm_variance if layer_norm else s.variance for s in reads]
+    read_variance = (torch.tensor(spreads) * dictionary.read_scale.square()).sum()
+    dictionary.set_unit_(float((read_variance / (len(reads) * dictionary.d_in)).sqrt()))
     if start is not None:
         dictionary.start_from_(start)
     else:

@@ -53,6 +53,8 @@ class DictionaryTraining(L.LightningModule):
 
     def training_step(self, batch: Batch | Sequences, batch_idx: int) -> Tensor:
         flat = batch.flat() if isinstance(batch, Sequences) else batch
+        for member in self.members:
+            member.learner.at(self.global_step, self.n_steps)
         return torch.stack([member.learner.loss(flat) for member in self.members]).sum()
 
     def configure_optimizers(self) -> Any:

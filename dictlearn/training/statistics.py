@@ -105,6 +105,6 @@ def _forget_dead(statistics: TrainingStatistics, _: object) -> None:
 def _count_fired_(fired: Int[Tensor, " n_latents"], latents: Latents) -> None:
     """Add to `fired` on how many tokens each latent is active."""
     if isinstance(latents, SparseLatents):
-        fired.index_add_(0, latents.indices, (latents.values > 0).to(fired.dtype))
+        fired.index_add_(0, latents.indices, (latents.values != 0).to(fired.dtype))
     else:
-        fired.add_((latents > 0).flatten(0, -2).sum(0, dtype=torch.int32))
+        fired.add_((latents != 0).flatten(0, -2).sum(0, dtype=torch.int32))

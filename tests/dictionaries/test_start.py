@@ -23,6 +23,8 @@ SCALES = [1.0, 100.0]  # of the activations
 
 def fresh(kind: str, sparsifier: str, mode: str) -> Dictionary:
     """An empty dictionary of a registered kind, or a variant of the linear one."""
+    if kind == "gated" and sparsifier != "relu":
+        pytest.skip("gates have the penalty of relu")
     built = lookup("dictlearn.sparsifiers", sparsifier).tiny()
     if kind in kinds("dictlearn.dictionaries"):
         tiny = lookup("dictlearn.dictionaries", kind).tiny()
@@ -95,8 +97,8 @@ def test_the_scales_of_the_new_run_may_be_others(kind: str, sparsifier: str, fac
     inference = started.for_inference()
     x = inputs(other, 1.0)
     torch.testing.assert_close(inference(x).recon, other(x).recon, rtol=1e-4, atol=1e-4)
-    assert torch.equal(inference.encode(x) > 0, other.encode(x) > 0)
-    if len(other.writes) == 1 or started.sparsifier.norm_weighted:
+    assert torch.equal(inference.encode(x) != 0, other.encode(x) != 0)
+    if len(other.writes) == 1 or started.sparsifier.for_inference().per_latent:
         check_same(inference, other, 1.0)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
@@ -34,6 +35,10 @@ SAE_LENS_NAMES = {
     ("top_k", True, False): "topk",
     ("relu", False, False): "transcoder",
     ("relu", False, True): "skip_transcoder",
+    ("abs_top_k", True, False): "abstopk",
+    ("jump_relu", True, False): "jumprelu",
+    ("jump_relu", False, False): "jumprelu_transcoder",
+    ("jump_relu", False, True): "jumprelu_skip_transcoder",
 }
 
 
@@ -56,10 +61,10 @@ class Native:
             raise FormatError(f"{folder / CONFIG}: missing or wrong field: {error!r}.") from None
         except DictlearnError as error:
             raise FormatError(f"{folder / CONFIG}: {error}") from None
-        shapes = {name: tuple(p.shape) for name, p in dictionary.named_parameters()}
-        tensors = read_tensors(folder / WEIGHTS, shapes)
+        parameters = _parameters(dictionary)
+        tensors = read_tensors(folder / WEIGHTS, {name: tuple(p.shape) for name, p in parameters.items()})
         with torch.no_grad():
-            for name, parameter in dictionary.named_parameters():
+            for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
             if own is None:
                 _fold_sae_lens(dictionary, cfg)
@@ -67,16 +72,21 @@ class Native:
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         scales = torch.cat([dictionary.read_scale, dictionary.write_scale])
-        if not torch.equal(scales, torch.ones_like(scales)):
+        if dictionary.inference_kind is not None or not torch.equal(scales, torch.ones_like(scales)):
             raise DictlearnError("Only inference dictionaries are written: call for_inference() first.")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in dictionary.named_parameters()}
+        tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(dictionary).items()}
         partial = folder / f"{WEIGHTS}.part"
         save_file(tensors, partial)
         partial.replace(folder / WEIGHTS)
         partial = folder / f"{CONFIG}.part"
         partial.write_text(json.dumps(_config(dictionary), indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / CONFIG)
+
+
+def _parameters(dictionary: Dictionary) -> dict[str, nn.Parameter]:
+    """By name in the file, where what the sparsifier has learnt is beside the rest: `threshold`."""
+    return {name.removeprefix("sparsifier."): p for name, p in dictionary.named_parameters()}
 
 
 def _check_widths(declared: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
@@ -110,7 +120,7 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
     }
     if not dictionary.is_autoencoder:
         cfg["d_out"] = dictionary.d_out
-    if cfg["architecture"] == "topk":
+    if cfg["architecture"] in ("topk", "abstopk"):
         cfg |= {"k": sparsifier["k"], "rescale_acts_by_decoder_norm": False}
     hooks = {"hook_name": to_hook_name(dictionary.reads[0])}
     if not dictionary.is_autoencoder:
@@ -157,7 +167,7 @@ def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
             f"weights), got {mode!r}."
         )
     kind, autoencoder, skip = by_name[architecture]
-    arguments = {"k": cfg["k"]} if kind == "top_k" else {"l1": 0.0}
+    arguments = {"k": cfg["k"]} if "k" in cfg else {"l1": 0.0} if kind == "relu" else {}
     metadata = cfg.get("metadata", {})
     read = from_hook_name(str(metadata.get("hook_name") or cfg.get("hook_name") or "x"))
     write = read if autoencoder else from_hook_name(str(metadata.get("hook_name_out") or "y"))

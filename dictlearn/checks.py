@@ -1,0 +1,41 @@
+"""Checks of single values that users give, with one wording."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dictlearn.choices import is_count
+from dictlearn.types import DictlearnError
+
+
+def check_count(name: str, value: Any, least: int = 1, or_null: bool = False) -> None:
+    """Raise DictlearnError unless `value` is a whole number of at least `least` (or null)."""
+    if is_count(value, least) or (or_null and value is None):
+        return
+    null = "null or " if or_null else ""
+    raise DictlearnError(f"{name} must be {null}a whole number, at least {least}, got {value!r}.")
+
+
+def check_number(name: str, value: Any, least: float = 0.0, or_null: bool = False) -> None:
+    """Raise DictlearnError unless `value` is a finite number of at least `least` (or null)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (number and least <= value < math.inf) or (or_null and value is None):
+        return
+    null = "null or " if or_null else ""
+    raise DictlearnError(f"{name} must be {null}a finite number, at least {least:g}, got {value!r}.")
+
+
+def check_positive(name: str, value: Any, or_null: bool = False) -> None:
+    """Raise DictlearnError unless `value` is a finite number above 0 (or null)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (number and 0 < value < math.inf) or (or_null and value is None):
+        return
+    null = " or null" if or_null else ""
+    raise DictlearnError(f"{name} must be a positive number{null}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise DictlearnError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise DictlearnError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

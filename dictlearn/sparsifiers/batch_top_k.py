@@ -1,0 +1,98 @@
+"""BatchTopK: the k * n_tokens largest pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dictlearn.checks import check_count
+from dictlearn.kernels import encode_batch_top_k, top_entries
+from dictlearn.sparsifiers.base import Sparsifier
+from dictlearn.sparsifiers.jump_relu import JumpReLU
+from dictlearn.types import DictlearnError, Encoded, SparseLatents
+
+RATE = 0.01  # of the running mean of the threshold, once it has seen 1 / RATE batches
+
+
+class BatchTopK(Sparsifier):
+    """In training, ReLU of the `k` * n_tokens largest pre-activations of the batch: `k` a token on average.
+
+    At inference a token must not depend on others: there, latents above one `threshold` fire, the running mean over
+    training batches of the smallest positive pre-activation that was kept, in float32. The inference dictionary has
+    it as JumpReLU. Before the first step the threshold is 0.
+    """
+
+    compact: ClassVar[bool] = True
+    per_token = False
+
+    threshold: Float[Tensor, ""]
+    n_seen: Float[Tensor, ""]  # batches
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        check_count("sparsifier.k", k)
+        self.k = k
+        self.n_latents = 0
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("n_seen", torch.zeros(()))
+
+    def forward(self, pre_acts: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch n_latents"]:
+        return torch.where(pre_acts > self.threshold, pre_acts, 0.0)
+
+    def encode_step(
+        self,
+        x: Float[Tensor, "n_tokens d_in"],
+        W_enc: Float[Tensor, "d_in n_latents"],
+        b_enc: Float[Tensor, " n_latents"],
+    ) -> Encoded:
+        latents = encode_batch_top_k(x, W_enc, b_enc, self.k)
+        self._follow_(latents.values.detach())
+        return Encoded(latents)
+
+    def select(self, pre_acts: Float[Tensor, "n_tokens n_latents"]) -> Encoded:
+        n_tokens, n_latents = pre_acts.shape
+        flat = pre_acts.flatten()
+        kept = top_entries(flat.detach(), self.k * n_tokens)  # ascending: row by row
+        starts = torch.arange(n_tokens + 1, device=flat.device) * n_latents
+        values = flat[kept].relu()
+        self._follow_(values.detach())
+        return Encoded(SparseLatents(values, kept % n_latents, torch.searchsorted(kept, starts), n_latents))
+
+    @torch.no_grad()
+    def _follow_(self, values: Float[Tensor, " nnz"]) -> None:
+        """Move the threshold towards the smallest positive one of `values`; without one it stays."""
+        least = torch.where(values > 0, values, torch.inf).float().amin() if len(values) else self.threshold
+        found = least.isfinite()
+        self.n_seen += found
+        rate = (1 / self.n_seen.clamp_min(1)).clamp_min(RATE)
+        self.threshold += torch.where(found, rate * (least - self.threshold), 0.0)
+
+    def bind(self, n_latents: int) -> None:
+        if self.k > n_latents:
+            raise DictlearnError(f"sparsifier.k must be at most n_latents = {n_latents}, got {self.k}.")
+        self.n_latents = n_latents
+
+    def scale_latents_(self, factor: Float[Tensor, " n_latents"]) -> None:
+        if self.n_seen > 0 and not torch.equal(factor, factor[:1].expand_as(factor)):
+            raise DictlearnError(
+                "BatchTopK has one threshold for all latents, so they can be scaled by one factor only; the "
+                "inference dictionary, which has one threshold for each, can be scaled freely."
+            )
+        self.threshold *= factor[0]
+
+    def for_inference(self) -> JumpReLU:
+        jump_relu = JumpReLU()
+        jump_relu.bind(self.n_latents)
+        with torch.no_grad():
+            jump_relu.threshold.copy_(self.threshold.expand(self.n_latents))
+        return jump_relu.to(self.threshold.device)
+
+    def config(self) -> dict[str, Any]:
+        return {"k": self.k}
+
+    @classmethod
+    def tiny(cls) -> BatchTopK:
+        return cls(k=4)
