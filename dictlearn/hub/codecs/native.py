@@ -167,7 +167,7 @@ def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
             f"weights), got {mode!r}."
         )
     kind, autoencoder, skip = by_name[architecture]
-    arguments = {"k": cfg["k"]} if "k" in cfg else {"l1": 0.0} if kind == "relu" else {}
+    arguments = {"k": cfg["k"]} if kind in ("top_k", "abs_top_k") else {"l1": 0.0} if kind == "relu" else {}
     metadata = cfg.get("metadata", {})
     read = from_hook_name(str(metadata.get("hook_name") or cfg.get("hook_name") or "x"))
     write = read if autoencoder else from_hook_name(str(metadata.get("hook_name_out") or "y"))
