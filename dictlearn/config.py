@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from dictlearn.choices import ACCELERATORS, DTYPES, NORMALISE, PRECISIONS, STREAMS, is_count
+from dictlearn.choices import ACCELERATORS, DTYPES, NORMALISE, PRECISIONS, STREAMS, is_count, is_subspace
 from dictlearn.types import DictlearnError
 
 T = TypeVar("T")
@@ -107,6 +107,11 @@ def dictionary_problems(cfg: DictConfig) -> list[str]:
         problems.append(f"normalise must be one of {', '.join(NORMALISE)}, got {cfg.normalise!r}")
     if cfg.dead_after_tokens is not None and not is_count(cfg.dead_after_tokens, 1):
         problems.append(f"dead_after_tokens must be null or a whole number above 0, got {cfg.dead_after_tokens!r}")
+    if not is_subspace(cfg.init_subspace):
+        problems.append(
+            "init_subspace must be auto, null, a share of the variance above 0 and below 1, or a whole number of "
+            f"dimensions, got {cfg.init_subspace!r}"
+        )
     return problems
 
 

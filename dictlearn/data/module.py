@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,10 @@ class ActivationData(LightningDataModule):
         elif self.activation_store is not None:
             self.activation_store.close()
 
-    def statistics(self, n_tokens: int = 65_536) -> dict[str, SiteStatistics]:
+    def statistics(self, n_tokens: int = 65_536, covariances: Collection[str] = ()) -> dict[str, SiteStatistics]:
         """Site name -> statistics over the first rows of the text; the stream does not move.
 
+        With the covariances of the sites named in `covariances`; an activation store has those of all sites.
         Warns where many of these tokens are unknown to the tokenizer. From an activation store, those of the run
         that wrote it, which asked for as many tokens; else raises DictlearnError.
         """
@@ -138,7 +139,11 @@ class ActivationData(LightningDataModule):
             return {site.name: kept[0][site.name] for site in self.sites}
         tokens = self.store.rows(0, self.store.wait_counted(n_tokens))
         warn_of_unknown(self.lm.tokenizer, self.store.name, tokens, self.store.mask(tokens))
-        found = estimate_statistics(self.read, self.store, n_tokens, self.text.lm_batch_rows, self.norm_filter)
+        if self.activation_store is not None:
+            covariances = [site.name for site in self.sites]  # whatever later runs need
+        found = estimate_statistics(
+            self.read, self.store, n_tokens, self.text.lm_batch_rows, self.norm_filter, covariances
+        )
         if self.activation_store is not None:
             self.activation_store.keep(found, self.norm_filter.limits if self.norm_filter else {}, n_tokens)
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class SiteStatistics(NamedTuple):
     n_filtered: int  # counted tokens that are left out, because of this or another site
     layer_norm_mean: Float[Tensor, " d"]  # mean of z; float64, on the CPU
     layer_norm_variance: float  # mean of ||z - mean z||^2
+    covariance: Float[Tensor, "d d"] | None = None  # of x, where asked for; float64, on the CPU
+    layer_norm_covariance: Float[Tensor, "d d"] | None = None  # of z
 
 
 @torch.no_grad()
@@ -42,10 +44,12 @@ def estimate_statistics(
     n_tokens: int = 65_536,
     lm_batch_rows: int = 32,
     norm_filter: NormFilter | None = None,
+    covariances: Collection[str] = (),
 ) -> dict[str, SiteStatistics]:
     """Over the first rows with at least `n_tokens` counted tokens (or all): a function of the LM and the text.
 
-    `read` runs the LM: token ids [rows, ctx] -> {site name: [rows, ctx, d]}. No stream is touched.
+    `read` runs the LM: token ids [rows, ctx] -> {site name: [rows, ctx, d]}. No stream is touched. Covariances are
+    those of the sites named in `covariances`, at the cost of two products [d, n_tokens] @ [n_tokens, d] each.
     Raises DictlearnError when no token counts, the filter keeps none, or one that is kept is not finite.
     """
     sums: dict[str, _Sums] = {}
@@ -55,7 +59,7 @@ def estimate_statistics(
         n_counted += len(next(iter(counted.values())))
         kept = None if norm_filter is None else norm_filter.keep(counted)
         for site, x in counted.items():
-            sums.setdefault(site, _Sums()).add(x, x if kept is None else x[kept])
+            sums.setdefault(site, _Sums(site in covariances)).add(x, x if kept is None else x[kept])
         n_kept = next(iter(sums.values())).n
     if n_counted == 0:
         raise DictlearnError(
@@ -107,9 +111,10 @@ def _median(site: str, values: Float[Tensor, " n"]) -> float:
 class _Sums:
     """Running sums of one site: in float64, on the activations' device."""
 
-    def __init__(self) -> None:
-        self.n = 0
+    def __init__(self, with_covariance: bool) -> None:
+        self.n, self.with_covariance = 0, with_covariance
         self.norms: list[Tensor] = []
+        self.products = self.z_products = torch.tensor(0.0)
         self.total = self.squares = self.norm_total = self.z_total = self.z_squares = torch.tensor(0.0)
 
     def add(self, counted: Float[Tensor, "n_counted d"], kept: Float[Tensor, "n_kept d"]) -> None:
@@ -125,6 +130,9 @@ class _Sums:
         self.norm_total = self.norm_total + x.norm(dim=-1).sum()
         self.z_total = self.z_total + z.sum(0)
         self.z_squares = self.z_squares + z.square().sum()
+        if self.with_covariance:
+            self.products = self.products + x.T @ x
+            self.z_products = self.z_products + z.T @ z
 
     def statistics(self, site: str, n_filtered: int) -> SiteStatistics:
         if not bool(self.norm_total.isfinite()):
@@ -142,8 +150,14 @@ class _Sums:
             n_filtered=n_filtered,
             layer_norm_mean=z_mean,
             layer_norm_variance=_variance(self.z_squares, z_mean, self.n),
+            covariance=_covariance(self.products, mean, self.n) if self.with_covariance else None,
+            layer_norm_covariance=_covariance(self.z_products, z_mean, self.n) if self.with_covariance else None,
         )
 
 
 def _variance(squares: Tensor, mean: Float[Tensor, " d"], n: int) -> float:
     return max(float(squares) / n - float(mean.square().sum()), 0.0)
+
+
+def _covariance(products: Tensor, mean: Float[Tensor, " d"], n: int) -> Float[Tensor, "d d"]:
+    return products.cpu() / n - mean.outer(mean)

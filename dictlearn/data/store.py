@@ -283,7 +283,8 @@ def _sha256(value: Tensor) -> str:
 
 def _flat(statistics: Mapping[str, SiteStatistics], limits: Mapping[str, float]) -> dict[str, Tensor]:
     """One tensor per number or vector; float64 and int64, so exactly."""
-    values = {f"{site}/{key}": value for site, s in statistics.items() for key, value in s._asdict().items()}
+    named = {f"{site}/{key}": value for site, s in statistics.items() for key, value in s._asdict().items()}
+    values = {key: value for key, value in named.items() if value is not None}
     values |= {f"{site}/limit": limit for site, limit in limits.items()}
     return {
         key: value.contiguous()
@@ -299,6 +300,10 @@ def _unflat(
     def value(key: str) -> Any:
         return tensors[key] if tensors[key].ndim else tensors[key].item()
 
-    fields = SiteStatistics._fields
-    statistics = {site: SiteStatistics(*(value(f"{site}/{field}") for field in fields)) for site in sites}
+    def of_site(site: str) -> SiteStatistics:
+        optional = [key for key in SiteStatistics._field_defaults if f"{site}/{key}" not in tensors]
+        fields = (key for key in SiteStatistics._fields if key not in optional)
+        return SiteStatistics(**{key: value(f"{site}/{key}") for key in fields})
+
+    statistics = {site: of_site(site) for site in sites}
     return statistics, {site: value(f"{site}/limit") for site in sites if f"{site}/limit" in tensors}

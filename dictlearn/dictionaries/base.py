@@ -291,15 +291,21 @@ class Dictionary(nn.Module, ABC):
         generator: torch.Generator,
         read_means: Float[Tensor, "n_reads d_in"],
         write_means: Float[Tensor, "n_writes d_out"],
+        bases: Mapping[str, Float[Tensor, "d_in r"]] | None = None,
     ) -> None:
         """Random directions, biases from the means of the activations; set the scales before.
 
-        The means are those of what the scales multiply: raw activations, or layer-normed ones.
+        The means are those of what the scales multiply: raw activations, or layer-normed ones. At the read sites in
+        `bases`, the directions are drawn in the subspaces that these span (orthonormal columns).
 
         An autoencoder starts tied (W_enc = W_dec^T, unit rows), a transcoder with W_dec = 0, so that it starts as
         the mean predictor. In both, latents see the input about its mean and b_dec is the mean target.
         """
-        directions = torch.randn(self.n_latents, self.flat_W_enc.shape[0], generator=generator)
+        directions = torch.randn(self.n_latents, len(self.reads), self.d_in, generator=generator)
+        for place, site in enumerate(self.reads):
+            if bases is not None and (basis := bases.get(site)) is not None:
+                directions[:, place] = directions[:, place].double() @ basis @ basis.T
+        directions = directions.flatten(1)
         directions /= directions.norm(dim=-1, keepdim=True)
         self.W_enc.copy_(directions.T.reshape(self.W_enc.shape))
         if self.is_autoencoder:

@@ -4,6 +4,7 @@ arXiv 2404.16014).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -81,8 +82,9 @@ class Gated(Linear):
         generator: torch.Generator,
         read_means: Float[Tensor, "n_reads d_in"],
         write_means: Float[Tensor, "n_writes d_out"],
+        bases: Mapping[str, Float[Tensor, "d_in r"]] | None = None,
     ) -> None:
-        super().initialise_(generator, read_means, write_means)
+        super().initialise_(generator, read_means, write_means, bases)
         self.b_mag.copy_(self.b_enc)
 
     @torch.no_grad()

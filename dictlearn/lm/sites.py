@@ -182,6 +182,20 @@ def stream_layer(site: Site) -> str | None:
     return site.module.rpartition(".")[0] if site.name.startswith("resid_mid.") else None
 
 
+def is_attention_output(model: PreTrainedModel, site: Site) -> bool:
+    """Whether attention writes the site's activations, which are of low rank: attn_out, by whichever name.
+
+    By module path that is the attention module or its output projection as well. False in families that are not
+    known by readable names.
+    """
+    family = FAMILIES.get(model.config.get_text_config().model_type)
+    if family is None or site.io == "in":
+        return False
+    paths = {_split(family.paths[kind])[0] for kind in ("attn_out", "attn_in", "attn_z")}
+    below = site.module.removeprefix(_text_prefix(model))
+    return re.sub(r"\.\d+\.", ".{}.", below) in paths
+
+
 def file_name(site_name: str) -> str:
     """`site_name` in the letters A-Z a-z 0-9 _ . - ("a.b:in" -> "a.b-in")."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", site_name)

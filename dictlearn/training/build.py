@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
+from dictlearn.choices import is_count
 from dictlearn.config import ConfigError, build
 from dictlearn.data import SiteStatistics
 from dictlearn.dictionaries import Dictionary
@@ -17,6 +19,7 @@ from dictlearn.lm import LM, widths
 from dictlearn.training.learner import Learner, prepare
 from dictlearn.training.module import Member
 from dictlearn.training.points import Entry, sites_of
+from dictlearn.training.subspace import Size, subspace_sizes
 
 MOST_DEAD_AFTER = 10_000_000  # tokens
 
@@ -42,7 +45,8 @@ def build_members(
     for entry in found:
         dictionary = build_dictionary(entry, width[entry.read.name], width[entry.write.name])
         generator = torch.Generator().manual_seed(_seed(cfg.seed, entry.base))
-        variance = prepare(dictionary, statistics, entry.config.normalise, generator, starts.get(entry.name))
+        start, sizes = starts.get(entry.name), sizes_of(entry, lm.model)
+        variance = prepare(dictionary, statistics, entry.config.normalise, generator, start, sizes)
         optimizer = build(entry.config.optimizer)
         dead_after_tokens = dead_after(entry.config.dead_after_tokens, cfg.n_tokens)
         learner = Learner(
@@ -56,6 +60,11 @@ def build_members(
         )
         members.append(Member(learner, optimizer, build(entry.config.schedule)))
     return members
+
+
+def sizes_of(entry: Entry, model: PreTrainedModel) -> dict[str, Size]:
+    """Of the subspaces that the entry's random directions are drawn in, by read site."""
+    return subspace_sizes(entry.config.init_subspace, [entry.read], model)
 
 
 def starting_dictionaries(init_from: Any, found: Sequence[Entry]) -> dict[str, Dictionary]:
@@ -95,6 +104,9 @@ def build_dictionary(entry: Entry, d_in: int, d_out: int, device: str = "cpu") -
                 "dictionaries.NAME.set={normalise:mean_norm} does for one dictionary alone"
             ]
         )
+    if is_count(dimensions := entry.config.init_subspace, d_in + 1):
+        name = entry.read.name
+        raise ConfigError([f"init_subspace must be at most the width of {name}, {d_in}, got {dimensions}"])
     with torch.device(device):
         return build(entry.config.module)(
             d_in=d_in,

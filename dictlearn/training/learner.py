@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,6 +16,7 @@ from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries import Dictionary
 from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
+from dictlearn.training.subspace import Size, subspaces
 from dictlearn.types import DictlearnError, Scalar, Step
 
 
@@ -171,12 +173,14 @@ def prepare(
     normalise: str,
     generator: torch.Generator,
     start: Dictionary | None = None,
+    subspace_sizes: Mapping[str, Size] = MappingProxyType({}),
 ) -> Float[Tensor, " n_writes"]:
     """Set the scales and the weights of `dictionary`; returns the variance of the normalised targets, per site.
 
     `normalise`: "mean_norm" scales every site to a mean norm of the root of its width; "none" and "layer_norm"
     leave the scales at 1, and biases and variance are those of the raw or the layer-normed activations.
-    The weights are those of `start` in these scales, or random without it.
+    The weights are those of `start` in these scales, or random without it: at the read sites in `subspace_sizes`,
+    with directions in the subspace of that size.
     Raises DictlearnError where `normalise` contradicts the dictionary's `input_norm`, or `start` does not fit,
     and for activations that do not vary.
     """
@@ -200,7 +204,9 @@ def prepare(
         dictionary.start_from_(start)
     else:
         means = [[s.layer_norm_mean if layer_norm else s.mean for s in sites] for sites in (reads, writes)]
-        dictionary.initialise_(generator, *(torch.stack(per_site).float() for per_site in means))
+        read_means, write_means = (torch.stack(per_site).float() for per_site in means)
+        bases = subspaces(subspace_sizes, statistics, layer_norm)
+        dictionary.initialise_(generator, read_means, write_means, bases)
     variances = [s.layer_norm_variance if layer_norm else s.variance for s in writes]
     return (torch.tensor(variances) * dictionary.write_scale.square()).float()
 

@@ -24,10 +24,21 @@ OF_ONE_DICTIONARY = (  # what the points of a grid, and the `set` of a dictionar
     "schedule",
     "expansion",
     "normalise",
+    "init_subspace",
     "dead_after_tokens",
     "grid",
 )
-OF_A_NODE = ("site", "transcodes", "expansion", "normalise", "module", "objective", "optimizer", "schedule")
+OF_A_NODE = (
+    "site",
+    "transcodes",
+    "expansion",
+    "normalise",
+    "init_subspace",
+    "module",
+    "objective",
+    "optimizer",
+    "schedule",
+)
 
 
 class Point(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from dictlearn.choices import is_count
+from dictlearn.choices import AUTO, is_count
 from dictlearn.config import (
     ConfigError,
     build,
@@ -146,6 +146,8 @@ def _check_dictionary(
     start = starts.get(entry.name)
     if dictionary is not None and start is not None:
         collect(found, lambda: dictionary.start_from_(start))
+        if entry.config.init_subspace not in (None, AUTO):
+            found.append("init_subspace has no effect with init_from, whose weights are not random: leave it out")
 
 
 def _check_parts(cfg: DictConfig, found: list[str]) -> None:

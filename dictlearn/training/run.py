@@ -26,7 +26,7 @@ from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.hub import save
 from dictlearn.hub.codecs.native import WEIGHTS
 from dictlearn.lm import LM, load_lm
-from dictlearn.training.build import build_members, starting_dictionaries
+from dictlearn.training.build import build_members, sizes_of, starting_dictionaries
 from dictlearn.training.callbacks import (
     Environment,
     Identity,
@@ -210,12 +210,13 @@ def _load(cfg: DictConfig, say: Callable[[str], None], resuming: bool = False) -
     )
     with ExitStack() as after_failure:
         after_failure.callback(data.close)
+        starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
         say(_store_line(data) or "Measuring the activations")
-        statistics = data.statistics(cfg.statistics_n_tokens)
+        covariances = {site for entry in found if entry.name not in starts for site in sizes_of(entry, lm.model)}
+        statistics = data.statistics(cfg.statistics_n_tokens, covariances)
         fix_commit(cfg, "data.revision", getattr(data.text, "revision", None))  # known once the text is open
         if cfg.evaluation.blocks:
             data.heldout(1)  # an error now, not after the training
-        starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
         setup = Setup(lm, data, found, build_members(cfg, found, lm, statistics, starts))
         after_failure.pop_all()
     return setup
