@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, default=24_576 if on_gpu else 16_384)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8192 if on_gpu else 2048)
-    parser.add_argument("--sparsifiers", default="top_k,relu", help="of top_k, batch_top_k, relu, jump_relu")
+    parser.add_argument("--sparsifiers", default="top_k,batch_top_k,relu,jump_relu", help="of these")
     parser.add_argument(
         "--precisions", default="mixed,float32", help="mixed: bfloat16 products; float32 on both sides"
     )

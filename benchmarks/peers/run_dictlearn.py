@@ -11,6 +11,8 @@ import torch
 from dictlearn.data import Batch
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.losses.aux_k import AuxK
+from dictlearn.sparsifiers.batch_top_k import BatchTopK
+from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.learner import Learner
@@ -18,9 +20,12 @@ from dictlearn.training.optimizers import Adam, build_optimizer
 
 
 def make_step(spec: dict[str, Any], x: torch.Tensor) -> Callable[[torch.Tensor], object]:
-    sparsifiers = {"top_k": lambda: TopK(spec["k"]), "relu": lambda: ReLU(1.0)}
-    if spec["sparsifier"] not in sparsifiers:
-        raise NotImplementedError(f"dictlearn has no {spec['sparsifier']} yet")
+    sparsifiers = {
+        "top_k": lambda: TopK(spec["k"]),
+        "batch_top_k": lambda: BatchTopK(spec["k"]),
+        "relu": lambda: ReLU(1.0),
+        "jump_relu": lambda: JumpReLU(coefficient=1.0, penalty="l0", bandwidth=0.05),  # the peers' penalty
+    }
     dictionary = Linear(
         d_in=spec["d"],
         d_out=spec["d"],
