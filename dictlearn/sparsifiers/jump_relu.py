@@ -212,4 +212,4 @@ class _Tanh(torch.autograd.Function):
 
 
 def _near(pre_acts: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
-    return (pre_acts - threshold).abs() < width / 2
+    return (pre_acts > threshold - width / 2) & (pre_acts < threshold + width / 2)
