@@ -34,12 +34,17 @@ def start_from_(dictionary: Dictionary, other: Dictionary) -> None:
     start = copy.deepcopy(other)
     fold(start)
     learnt = dict(start.named_parameters())
+    own = {}  # what the sparsifier learns and `other` has not, in this dictionary's units already
     for name, parameter in dictionary.named_parameters():
-        if name in learnt or not name.startswith("sparsifier."):
+        if name.startswith("sparsifier.") and name not in learnt:
+            own[name] = parameter.clone()
+        else:
             parameter.copy_(learnt[name])
     unfold(dictionary)
     if dictionary.decoder_norm == "unit":
         dictionary.move_norms_(dictionary.flat_W_dec.norm(dim=-1))
+    for name, value in own.items():
+        dictionary.get_parameter(name).copy_(value)
 
 
 def fold(dictionary: Dictionary) -> None:
@@ -65,10 +70,9 @@ def _rescale_weights(
     per_read = reads.unsqueeze(-1) if dictionary.site_axis else reads
     per_write = writes.unsqueeze(-1) if dictionary.site_axis else writes
     dictionary.scale_reads_(per_read)
-    dictionary.b_dec.mul_(per_write)
-    if dictionary.W_skip is not None:
-        dictionary.W_skip.mul_(per_read).mul_(per_write.reshape(per_write.shape + (1,) * per_read.ndim))
+    dictionary.scale_writes_(per_write)
     if len(writes) == 1:
         dictionary.scale_latents_(writes.expand(dictionary.n_latents))
     else:
-        dictionary.W_dec.mul_(per_write)
+        for rows in dictionary.decoders:
+            rows.mul_(per_write[-rows.shape[1] :])

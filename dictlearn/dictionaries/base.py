@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dictlearn.dictionaries import _scales
+from dictlearn.dictionaries import _latents, _scales
+from dictlearn.dictionaries._input_norm import check_input_norm
+from dictlearn.dictionaries._latents import Part
 from dictlearn.kernels import LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
 from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.types import DictlearnError, LatentRows, Latents, Output, Scalar, SparseLatents, Step
-
-INPUT_NORMS = ("none", "layer_norm")
 
 
 class Dictionary(nn.Module, ABC):
@@ -50,6 +50,7 @@ class Dictionary(nn.Module, ABC):
     site_axis: ClassVar[bool] = False  # several read or write sites: activations have a site axis before the width
     linear_encoder: ClassVar[bool] = True  # pre-activations are x~ @ W_enc + b_enc
     latent_axis: ClassVar[Mapping[str, int]] = {"W_enc": -1, "b_enc": 0, "W_dec": 0}  # one entry a latent
+    latents_per_read: ClassVar[bool] = False  # `expansion` counts the latents of each read site
     inference_kind: ClassVar[str | None] = None  # of `for_inference()`, where it is another
 
     def __init__(
@@ -74,36 +75,25 @@ class Dictionary(nn.Module, ABC):
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.sparsifier = sparsifier
         self.input_norm = input_norm
-        self._check_input_norm()
+        check_input_norm(self)
         own_norm = "unit" if self.is_autoencoder and not sparsifier.norm_weighted else "free"
         self.decoder_norm = decoder_norm or own_norm
         self.metadata: dict[str, Any] = {}
         self.register_buffer("read_scale", torch.ones(len(self.reads)))
         self.register_buffer("write_scale", torch.ones(len(self.writes)))
-        read_axes, write_axes = self._axes(self.reads, d_in), self._axes(self.writes, d_out)
-        # Stored latent-major ([n_latents, ...] contiguous), so that sparse gradients touch whole rows.
-        self.W_enc = nn.Parameter(torch.zeros(n_latents, *read_axes).movedim(0, -1))  # [d_in, n_latents]
-        self.b_enc = nn.Parameter(torch.zeros(n_latents))
-        self.W_dec = nn.Parameter(torch.zeros(n_latents, *write_axes))  # [n_latents, d_out]
-        self.b_dec = nn.Parameter(torch.zeros(write_axes))
-        self.W_skip = nn.Parameter(torch.zeros(*write_axes, *read_axes)) if skip else None  # [d_out, d_in]
+        self._make_weights(skip)
 
     read_scale: Tensor  # [n_reads]
     write_scale: Tensor  # [n_writes]
 
-    def _check_input_norm(self) -> None:
-        if self.input_norm not in INPUT_NORMS:
-            raise DictlearnError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, got {self.input_norm!r}.")
-        if self.input_norm == "none":
-            return
-        if self.site_axis or not self.is_autoencoder:
-            raise DictlearnError(
-                "input_norm=layer_norm needs an autoencoder of one site, because the reconstruction is put back "
-                f"with the mean and standard deviation of the token that was read; this {type(self).__name__} "
-                f"reads {', '.join(self.reads)} and writes {', '.join(self.writes)}: use input_norm=none."
-            )
-        if self.d_in < 2:
-            raise DictlearnError(f"input_norm=layer_norm needs activations at least 2 wide, got {self.d_in}.")
+    def _make_weights(self, skip: bool) -> None:
+        read_axes, write_axes = self._axes(self.reads, self.d_in), self._axes(self.writes, self.d_out)
+        # Stored latent-major ([n_latents, ...] contiguous), so that sparse gradients touch whole rows.
+        self.W_enc = nn.Parameter(torch.zeros(self.n_latents, *read_axes).movedim(0, -1))  # [d_in, n_latents]
+        self.b_enc = nn.Parameter(torch.zeros(self.n_latents))
+        self.W_dec = nn.Parameter(torch.zeros(self.n_latents, *write_axes))  # [n_latents, d_out]
+        self.b_dec = nn.Parameter(torch.zeros(write_axes))
+        self.W_skip = nn.Parameter(torch.zeros(*write_axes, *read_axes)) if skip else None  # [d_out, d_in]
 
     @property
     def is_autoencoder(self) -> bool:
@@ -126,7 +116,7 @@ class Dictionary(nn.Module, ABC):
         Dense latents `[*, n_latents]` give `[*, d_out]`, compact ones `[n_tokens, d_out]`; several write sites
         add an axis before `d_out`. Nothing is kept between calls.
         """
-        flat = decode(latents, self.flat_W_dec) + self.b_dec.flatten()
+        flat = self.decode_flat(latents)
         if self.W_skip is not None:
             flat = flat + self._skip(self.normalise(_needed(x, "a skip path"))).reshape(flat.shape)
         return self.denormalise(flat, x)
@@ -171,16 +161,29 @@ class Dictionary(nn.Module, ABC):
     def flat_W_dec(self) -> Float[Tensor, "n_latents writes"]:
         return self.W_dec.reshape(self.n_latents, -1)
 
+    @property
+    def decoders(self) -> list[nn.Parameter]:
+        """The decoder's weights: rows of successive latents; with a site axis, for the last of the write sites."""
+        return [self.W_dec]
+
+    def products(self, x: Float[Tensor, "*batch reads"]) -> Float[Tensor, "*batch n_latents"]:
+        """x~ @ W_enc of normalised reads."""
+        return x @ self.flat_W_enc
+
+    def decode_flat(self, latents: Latents) -> Float[Tensor, "*batch writes"]:
+        """latents @ W_dec + b_dec."""
+        return decode(latents, self.flat_W_dec) + self.b_dec.flatten()
+
     def normalise(self, x: Tensor) -> Float[Tensor, "*batch reads"]:
         """Raw reads to normalised, flattened ones."""
-        x = x.to(self.W_dec.dtype)
+        x = x.to(self.b_dec.dtype)
         if self.input_norm == "layer_norm":
             x = layer_norm(x).z
         return (x * self.read_scale.unsqueeze(-1)).flatten(-2) if self.site_axis else x * self.read_scale
 
     def normalise_target(self, y: Tensor, x: Tensor | None = None) -> Float[Tensor, "*batch writes"]:
         """Raw targets to normalised, flattened ones; with a layer norm, by the mean and std of the reads `x`."""
-        y = y.to(self.W_dec.dtype)
+        y = y.to(self.b_dec.dtype)
         if self.input_norm == "layer_norm":
             _, mean, std = self._layer_norm(x)
             y = (y - mean) / std
@@ -198,7 +201,7 @@ class Dictionary(nn.Module, ABC):
         return y * std.reshape(per_token) + mean.reshape(per_token)
 
     def _layer_norm(self, x: Tensor | None) -> LayerNormed:
-        return layer_norm(_needed(x, "a layer norm").to(self.W_dec.dtype))
+        return layer_norm(_needed(x, "a layer norm").to(self.b_dec.dtype))
 
     def _skip(self, flat_x: Tensor) -> Tensor:
         assert self.W_skip is not None
@@ -211,29 +214,25 @@ class Dictionary(nn.Module, ABC):
 
     # -- latents one by one --
 
+    def parts_of(self, latents: Int[Tensor, " n"]) -> list[Part]:
+        """Where the weights of some latents are."""
+        return [Part(name, axis, latents) for name, axis in self.latent_axis.items()]
+
     def latent_rows(self, latents: Int[Tensor, " n"]) -> LatentRows:
         """The weights of some latents, in normalised units."""
-        rows = {}
-        for name, axis in self.latent_axis.items():
-            row = self.get_parameter(name).movedim(axis, 0).index_select(0, latents)
-            rows[name] = row.flatten(1) if row.ndim > 1 else row
-        return rows
+        return _latents.rows(self, latents)
 
-    def row_pre_acts(self, x: Float[Tensor, "batch reads"], rows: LatentRows) -> Float[Tensor, "batch n"]:
-        """The pre-activations of the latents whose weights are `rows`."""
+    def row_pre_acts(self, x: Tensor, rows: LatentRows, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:  # noqa: ARG002
+        """The pre-activations of `latents`, whose weights are `rows`, from normalised reads."""
         return F.linear(x, rows["W_enc"], rows["b_enc"])
 
-    @torch.no_grad()
+    def decode_rows(self, code: Latents, rows: LatentRows, latents: Int[Tensor, " n"]) -> Tensor:  # noqa: ARG002
+        """What `latents`, whose weights are `rows`, write with the values `code` [batch, n]; without a bias."""
+        return decode(code, rows["W_dec"])
+
     def add_row_gradients_(self, latents: Int[Tensor, " n"], rows: LatentRows) -> None:
         """Add the gradients of `rows` to those of the weights they are copies of."""
-        for name, row in rows.items():
-            weight = self.get_parameter(name)
-            if row.grad is None or not weight.requires_grad:
-                continue
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            by_latent = weight.grad.movedim(self.latent_axis[name], 0)
-            by_latent.index_add_(0, latents, row.grad.view(len(latents), *by_latent.shape[1:]))
+        _latents.add_gradients_(self, latents, rows)
 
     # -- training --
 
@@ -241,9 +240,9 @@ class Dictionary(nn.Module, ABC):
         """Called before the training step `step`, from 0, of `n_steps`: schedules move."""
         self.sparsifier.at(step, n_steps)
 
-    def set_unit_(self, unit: float) -> None:
-        """Before training, scales being set: see `Sparsifier.set_unit_`."""
-        self.sparsifier.set_unit_(unit)
+    def set_unit_(self, units: Float[Tensor, " n_reads"]) -> None:
+        """Before training, scales being set: see `Sparsifier.set_unit_`; a direction of norm 1 at each read."""
+        self.sparsifier.set_unit_(float(units.square().mean().sqrt()))
 
     @property
     def per_token(self) -> bool:
@@ -273,17 +272,19 @@ class Dictionary(nn.Module, ABC):
         """After every optimiser step: back onto the constraint set."""
         self.sparsifier.project_()
         if self.decoder_norm == "unit":
-            normalise_rows_(self.flat_W_dec)
+            for rows in self.decoders:
+                normalise_rows_(rows.view(len(rows), -1))
 
     @torch.no_grad()
     def project_gradient_(self) -> Scalar | None:
         """Before clipping: drop the part of the decoder gradient that the projection would undo.
 
-        Returns the squared norm of what is left of W_dec's gradient; None where nothing is dropped.
+        Returns the squared norm of what is left of the decoder's gradient; None where nothing is dropped.
         """
-        if self.decoder_norm == "free" or self.W_dec.grad is None:
+        pairs = [(rows.grad, rows) for rows in self.decoders if rows.grad is not None]
+        if self.decoder_norm == "free" or not pairs:
             return None
-        return project_rows_(self.W_dec.grad.view_as(self.flat_W_dec), self.flat_W_dec).sum()
+        return torch.stack([project_rows_(g.view(len(w), -1), w.view(len(w), -1)).sum() for g, w in pairs]).sum()
 
     @torch.no_grad()
     def initialise_(
@@ -301,19 +302,20 @@ class Dictionary(nn.Module, ABC):
         An autoencoder starts tied (W_enc = W_dec^T, unit rows), a transcoder with W_dec = 0, so that it starts as
         the mean predictor. In both, latents see the input about its mean and b_dec is the mean target.
         """
-        directions = torch.randn(self.n_latents, len(self.reads), self.d_in, generator=generator)
-        for place, site in enumerate(self.reads):
-            if bases is not None and (basis := bases.get(site)) is not None:
-                directions[:, place] = directions[:, place].double() @ basis @ basis.T
-        directions = directions.flatten(1)
-        directions /= directions.norm(dim=-1, keepdim=True)
+        directions = self._directions(generator, bases or {})
         self.W_enc.copy_(directions.T.reshape(self.W_enc.shape))
         if self.is_autoencoder:
             self.W_dec.copy_(directions.reshape(self.W_dec.shape))
         b_dec = write_means * self.write_scale.unsqueeze(-1)  # [n_writes, d_out]
         self.b_dec.copy_(b_dec.reshape(self.b_dec.shape))
         mean_x = (read_means * self.read_scale.unsqueeze(-1)).flatten()
-        self.b_enc.copy_(-mean_x @ self.flat_W_enc)
+        self.b_enc.copy_(-self.products(mean_x))
+
+    def _directions(
+        self, generator: torch.Generator, bases: Mapping[str, Tensor]
+    ) -> Float[Tensor, "n_latents width"]:
+        """Random and of norm 1, one for each latent, in the width that it reads."""
+        return _latents.random_directions(self.n_latents, self.reads, self.d_in, generator, bases)
 
     def start_from_(self, other: Dictionary) -> None:
         """Take the weights of `other`: the same function of raw activations, in units of this one's scales.
@@ -350,7 +352,8 @@ class Dictionary(nn.Module, ABC):
     def move_norms_(self, norms: Float[Tensor, " n_latents"]) -> None:
         """Divide the rows of W_dec by `norms`, multiply the latents by them; rows of norm zero stay."""
         norms = torch.where(norms > 0, norms, 1.0)
-        self.W_dec.div_(norms.reshape(-1, *[1] * (self.W_dec.ndim - 1)))
+        for rows, own in zip(self.decoders, norms.split([len(rows) for rows in self.decoders]), strict=True):
+            rows.div_(own.reshape(-1, *[1] * (rows.ndim - 1)))
         self.scale_latents_(norms)
 
     def scale_latents_(self, factor: Float[Tensor, " n_latents"]) -> None:
@@ -360,8 +363,16 @@ class Dictionary(nn.Module, ABC):
         self.sparsifier.scale_latents_(factor)
 
     def scale_reads_(self, factor: Float[Tensor, "*reads_and_width"]) -> None:
-        """Multiply what the encoder reads by `factor`, [n_reads, 1] where there is a site axis, else [1]."""
+        """Multiply what is read by `factor`, [n_reads, 1] where there is a site axis, else [1]."""
         self.W_enc.mul_(factor.unsqueeze(-1))
+        if self.W_skip is not None:
+            self.W_skip.mul_(factor)
+
+    def scale_writes_(self, factor: Float[Tensor, "*writes_and_width"]) -> None:
+        """Multiply by `factor` what is written beside the latents: bias and skip path."""
+        self.b_dec.mul_(factor)
+        if self.W_skip is not None:
+            self.W_skip.mul_(factor.reshape(factor.shape + (1,) * (self.W_skip.ndim - self.b_dec.ndim)))
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments other than the sparsifier, JSON-able."""

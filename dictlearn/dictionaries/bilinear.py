@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dictlearn.dictionaries.linear import Linear
@@ -42,8 +42,10 @@ class Bilinear(Linear):
         gates = F.linear(x, self.W_gate.flatten(0, -2).T, self.b_gate)
         return self.sparsifier.select(F.linear(x, self.flat_W_enc.T, self.b_enc) * gates)
 
-    def row_pre_acts(self, x: Float[Tensor, "batch reads"], rows: LatentRows) -> Float[Tensor, "batch n"]:
-        return super().row_pre_acts(x, rows) * F.linear(x, rows["W_gate"], rows["b_gate"])
+    def row_pre_acts(
+        self, x: Float[Tensor, "batch reads"], rows: LatentRows, latents: Int[Tensor, " n"]
+    ) -> Float[Tensor, "batch n"]:
+        return super().row_pre_acts(x, rows, latents) * F.linear(x, rows["W_gate"], rows["b_gate"])
 
     def scale_reads_(self, factor: Tensor) -> None:
         super().scale_reads_(factor)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dictlearn.kernels import decode, encode_top_k
+from dictlearn.kernels import encode_abs_top_k, encode_top_k
 from dictlearn.types import DictlearnError, Latents, Scalar, Step
 
 DENSE_BELOW = 16  # dead latents per wanted one: fewer cost less as dense products than as sparse ones
@@ -20,7 +20,8 @@ class AuxK:
     """`coefficient` times the FVU of the residual under the `k` largest dead latents.
 
     The residual is detached and has no bias in it, so the decoded dead latents get none either; their ReLU'd
-    pre-activations are computed with gradient, so the encoder learns. With fewer than `k` dead latents the term is
+    pre-activations are computed with gradient, so the encoder learns; where latents are signed, the largest are
+    those by absolute value, and keep their signs. With fewer than `k` dead latents the term is
     scaled down in proportion. Cost: one product with the dead columns only, nothing when there are none.
 
     Args:
@@ -47,21 +48,26 @@ class AuxK:
         n_dead = len(step.dead)
         wanted = self.k or max(1, step.x.shape[-1] // 2)
         rows = step.dead_rows or step.dictionary.latent_rows(step.dead)
-        k = min(wanted, n_dead)
+        k, signed = min(wanted, n_dead), step.dictionary.sparsifier.signed
         if n_dead <= DENSE_BELOW * k or not step.dictionary.linear_encoder:
-            latents: Latents = _dense_top_k(step.dictionary.row_pre_acts(step.x, rows), k)  # [batch, n_dead]
+            pre_acts = step.dictionary.row_pre_acts(step.x, rows, step.dead)  # [batch, n_dead]
+            latents: Latents = _dense_top_k(pre_acts, k, signed)
         else:
-            latents = encode_top_k(step.x, rows["W_enc"].T, rows["b_enc"], k)
+            encode = encode_abs_top_k if signed else encode_top_k
+            latents = encode(step.x, rows["W_enc"].T, rows["b_enc"], k)
         residual = (step.target - step.recon).detach()
-        error = F.mse_loss(decode(latents, rows["W_dec"]), residual, reduction="sum") / len(residual)
+        explained = step.dictionary.decode_rows(latents, rows, step.dead)
+        error = F.mse_loss(explained, residual, reduction="sum") / len(residual)
         variance = _variance(residual) if step.residual_variance is None else step.residual_variance
         fvu = error / variance.clamp_min(1e-12)  # of an exact target nothing is left to explain
         return self.coefficient * min(n_dead / wanted, 1.0) * fvu
 
 
-def _dense_top_k(pre_acts: Float[Tensor, "batch n_dead"], k: int) -> Float[Tensor, "batch n_dead"]:
-    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter(-1, indices, values.relu())
+def _dense_top_k(pre_acts: Float[Tensor, "batch n_dead"], k: int, signed: bool) -> Float[Tensor, "batch n_dead"]:
+    sizes = pre_acts.abs() if signed else pre_acts.relu()
+    indices = sizes.topk(k, dim=-1, sorted=False).indices
+    values = (pre_acts if signed else sizes).gather(-1, indices)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, values)
 
 
 def _variance(residual: Float[Tensor, "batch width"]) -> Scalar:

@@ -65,7 +65,7 @@ class Learner(nn.Module):
             )
         self.micro_batch_size = micro_batch_size
         self.register_buffer("variance", variance)
-        width = dictionary.flat_W_dec.shape[-1]
+        width = dictionary.b_dec.numel()
         self.statistics = TrainingStatistics(dictionary.n_latents, width, dead_after_tokens)
 
     def at(self, step: int, n_steps: int) -> None:
@@ -159,8 +159,8 @@ class Learner(nn.Module):
         if self.clip_norm is None:
             return
         parameters = list(self.dictionary.parameters())
-        known = None if square is None else self.dictionary.W_dec
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None and p is not known])
+        known = set() if square is None else {id(rows) for rows in self.dictionary.decoders}
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None and id(p) not in known])
         if square is not None:
             norm = torch.hypot(norm, square.sqrt())
         if norm.is_cuda or norm > self.clip_norm:  # a look at it waits for a GPU
@@ -198,8 +198,8 @@ def prepare(
         dictionary.read_scale.copy_(torch.tensor([dictionary.d_in**0.5 / s.mean_norm for s in reads]))
         dictionary.write_scale.copy_(torch.tensor([dictionary.d_out**0.5 / s.mean_norm for s in writes]))
     spreads = [s.layer_norm_variance if layer_norm else s.variance for s in reads]
-    read_variance = (torch.tensor(spreads) * dictionary.read_scale.square()).sum()
-    dictionary.set_unit_(float((read_variance / (len(reads) * dictionary.d_in)).sqrt()))
+    read_variances = torch.tensor(spreads) * dictionary.read_scale.square()
+    dictionary.set_unit_((read_variances / dictionary.d_in).sqrt())
     if start is not None:
         dictionary.start_from_(start)
     else:

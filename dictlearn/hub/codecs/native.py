@@ -18,7 +18,7 @@ from torch import nn
 
 from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
-from dictlearn.dictionaries.base import INPUT_NORMS
+from dictlearn.dictionaries._input_norm import INPUT_NORMS
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.hub.codecs.base import read_json, read_shapes, read_tensors
 from dictlearn.hub.names import from_hook_name, to_hook_name
@@ -40,6 +40,8 @@ SAE_LENS_NAMES = {
     ("jump_relu", False, False): "jumprelu_transcoder",
     ("jump_relu", False, True): "jumprelu_skip_transcoder",
 }
+
+NO_PENALTY: dict[str, dict[str, Any]] = {"relu": {"l1": 0.0}, "jump_relu": {"penalty": "l0"}}
 
 
 class Native:
@@ -72,7 +74,9 @@ class Native:
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         scales = torch.cat([dictionary.read_scale, dictionary.write_scale])
-        if dictionary.inference_kind is not None or not torch.equal(scales, torch.ones_like(scales)):
+        folded = torch.equal(scales, torch.ones_like(scales))
+        own = kind_of(dictionary.sparsifier.for_inference()) == kind_of(dictionary.sparsifier)
+        if dictionary.inference_kind is not None or not folded or not own:
             raise DictlearnError("Only inference dictionaries are written: call for_inference() first.")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(dictionary).items()}
@@ -167,7 +171,7 @@ def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
             f"weights), got {mode!r}."
         )
     kind, autoencoder, skip = by_name[architecture]
-    arguments = {"k": cfg["k"]} if kind in ("top_k", "abs_top_k") else {"l1": 0.0} if kind == "relu" else {}
+    arguments = {"k": cfg["k"]} if kind in ("top_k", "abs_top_k") else NO_PENALTY[kind]
     metadata = cfg.get("metadata", {})
     read = from_hook_name(str(metadata.get("hook_name") or cfg.get("hook_name") or "x"))
     write = read if autoencoder else from_hook_name(str(metadata.get("hook_name_out") or "y"))
@@ -187,7 +191,11 @@ def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
 
 
 def _fold_sae_lens(dictionary: Dictionary, cfg: Mapping[str, Any]) -> None:
-    """Fold what our forward rule does not have: decoder-norm rescaled TopK, then the pre-encoder bias."""
+    """Fold what our forward rule does not have: decoder-norm rescaled TopK, then the pre-encoder bias.
+
+    A JumpReLU latent is never negative there, so a threshold below 0 is one of 0.
+    """
+    dictionary.sparsifier.project_()
     if cfg.get("rescale_acts_by_decoder_norm", False):
         norms = dictionary.W_dec.norm(dim=-1, keepdim=True)
         dictionary.W_dec.div_(norms)
