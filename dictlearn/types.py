@@ -17,6 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import Dictionary
+    from dictlearn.lm.clean_run import CleanRun
 
 Scalar: TypeAlias = Float[Tensor, ""]
 Acts: TypeAlias = Float[Tensor, "*batch d"]  # activations; several sites: [*, n_sites, d]
@@ -113,7 +114,8 @@ class Step:
 
     What a training loop may add: `dead_rows` are their weights, to learn through in place of the dictionary's own.
     Of a step that is a chunk of a batch, `residual_variance` is the whole batch's mean of ||r - mean r||^2 over its
-    tokens, with r = target - recon.
+    tokens, with r = target - recon. With stream=sequences, `clean` is the LM on the rows that the tokens are from; it
+    is None in a chunk.
     """
 
     dictionary: Dictionary
@@ -126,6 +128,7 @@ class Step:
     pre_acts: Float[Tensor, "batch n_latents"] | None = None
     dead_rows: LatentRows | None = None
     residual_variance: Scalar | None = None
+    clean: CleanRun | None = None
 
     def per_site(self, flat: Float[Tensor, "batch writes"]) -> Float[Tensor, "batch n_writes d_out"]:
         return flat.unflatten(-1, (len(self.variance), -1))

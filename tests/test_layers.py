@@ -19,16 +19,16 @@ LAYER = {
     "overrides": 0,
     "kernels": 0,
     "sparsifiers": 1,
-    "losses": 1,
     "lm": 1,
     "embedded": 0,
     "metrics": 1,
-    "dictionaries": 2,
-    "data": 2,
-    "hub": 3,
-    "splice": 3,
-    "evaluation": 4,
-    "training": 5,
+    "losses": 2,
+    "dictionaries": 3,
+    "data": 3,
+    "hub": 4,
+    "splice": 4,
+    "evaluation": 5,
+    "training": 6,
 }
 
 

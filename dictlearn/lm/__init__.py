@@ -1,11 +1,14 @@
 """Language models: load them, name places in them, read and replace activations there."""
 
+from dictlearn.lm.clean_run import CleanRun, Patched, reached
 from dictlearn.lm.load import LM, find_device, lm_config, load_lm, skeleton
 from dictlearn.lm.sites import file_name, resolve, resolve_pair, site_width
 from dictlearn.lm.taps import activations, capture, edit, widths
 
 __all__ = [
     "LM",
+    "CleanRun",
+    "Patched",
     "activations",
     "capture",
     "edit",
@@ -13,6 +16,7 @@ __all__ = [
     "find_device",
     "lm_config",
     "load_lm",
+    "reached",
     "resolve",
     "resolve_pair",
     "site_width",

@@ -15,11 +15,13 @@ from dictlearn.config import ConfigError, build
 from dictlearn.data import SiteStatistics
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub import load
-from dictlearn.lm import LM, widths
+from dictlearn.lm import LM, reached, widths
 from dictlearn.training.learner import Learner, prepare
 from dictlearn.training.module import Member
 from dictlearn.training.points import Entry, sites_of
 from dictlearn.training.subspace import Size, subspace_sizes
+from dictlearn.training.terms import lm_terms
+from dictlearn.types import Site
 
 MOST_DEAD_AFTER = 10_000_000  # tokens
 
@@ -47,12 +49,15 @@ def build_members(
         generator = torch.Generator().manual_seed(_seed(cfg.seed, entry.base))
         start, sizes = starts.get(entry.name), sizes_of(entry, lm.model)
         variance = prepare(dictionary, statistics, entry.config.normalise, generator, start, sizes)
-        optimizer = build(entry.config.optimizer)
+        optimizer, terms = build(entry.config.optimizer), build(entry.config.objective)
+        for term in lm_terms(terms).values():
+            later = reached(lm.model, [entry.write], term.sites(lm.model))
+            term.bind([entry.write], {site: statistics[site.name].variance for site in later})
         dead_after_tokens = dead_after(entry.config.dead_after_tokens, cfg.n_tokens)
         learner = Learner(
             entry.name,
             dictionary,
-            build(entry.config.objective),
+            terms,
             variance,
             dead_after_tokens,
             optimizer.clip_norm,
@@ -60,6 +65,17 @@ def build_members(
         )
         members.append(Member(learner, optimizer, build(entry.config.schedule)))
     return members
+
+
+def captured_sites(found: Sequence[Entry], model: PreTrainedModel) -> list[Site]:
+    """Every site whose activations a run needs, once: those of the dictionaries, and what their terms look at."""
+    later = [
+        site
+        for entry in found
+        for term in lm_terms(build(entry.config.objective)).values()
+        for site in reached(model, [entry.write], term.sites(model))
+    ]
+    return list(dict.fromkeys([*sites_of(found), *later]))
 
 
 def sizes_of(entry: Entry, model: PreTrainedModel) -> dict[str, Size]:

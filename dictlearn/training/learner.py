@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,22 +14,12 @@ from torch import Tensor, nn
 from dictlearn.choices import NORMALISE
 from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries import Dictionary
+from dictlearn.lm import CleanRun
 from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
 from dictlearn.training.subspace import Size, subspaces
+from dictlearn.training.terms import LossTerm, micro_batch_problem
 from dictlearn.types import DictlearnError, Scalar, Step
-
-
-@runtime_checkable
-class LossTerm(Protocol):
-    """A shared loss term: its coefficient included; None when it does not apply to this step.
-
-    It is a mean over the tokens of the step, without other denominators of the batch, so that chunks of a batch add
-    up. A term with a true attribute `revives_dead` gets `step.dead_rows` to learn through, and in a chunk
-    `step.residual_variance`.
-    """
-
-    def __call__(self, step: Step) -> Scalar | None: ...
 
 
 class Learner(nn.Module):
@@ -57,7 +47,10 @@ class Learner(nn.Module):
         self.dictionary = dictionary
         self.terms = dict(terms)
         self.revives_dead = any(getattr(term, "revives_dead", False) for term in self.terms.values())
+        self.recon_coefficient = math.prod(getattr(t, "recon_coefficient", 1.0) for t in self.terms.values())
         self.clip_norm = clip_norm
+        if problem := micro_batch_problem(terms, micro_batch_size):
+            raise DictlearnError(f"{problem}.")
         if micro_batch_size is not None and not dictionary.per_token:
             raise DictlearnError(
                 f"micro_batch_size={micro_batch_size} needs a sparsifier that looks at one token at a time; "
@@ -72,8 +65,8 @@ class Learner(nn.Module):
         """Called before the training step `step`, from 0, of `n_steps`: schedules move."""
         self.dictionary.at(step, n_steps)
 
-    def loss(self, batch: Batch) -> Scalar:
-        """The total loss on one batch; counts it in the statistics.
+    def loss(self, batch: Batch, clean: CleanRun | None = None) -> Scalar:
+        """The total loss on one batch; counts it in the statistics. `clean`: the LM on the rows it is from.
 
         A batch of more than `micro_batch_size` activations goes through in chunks. Each chunk's gradients are taken
         at once, in proportion to its size, so that its graph is gone before the next one begins; all terms are
@@ -85,18 +78,19 @@ class Learner(nn.Module):
         revived = dead if self.revives_dead else None
         size = min(self.micro_batch_size or len(x), len(x))
         if size == len(x) and revived is None:
-            loss = self._total(dictionary.step(x, target, self.variance, dead))
+            loss = self._total(replace(dictionary.step(x, target, self.variance, dead), clean=clean))
         else:
             parameters = [p for p in dictionary.parameters() if p.requires_grad]
             chunks = list(zip(x.split(size), target.split(size), strict=True))
-            loss = with_gradients(parameters, lambda: self._accumulate(parameters, chunks, revived))
+            loss = with_gradients(parameters, lambda: self._accumulate(parameters, chunks, revived, clean))
         self.statistics.end_step(loss.detach(), len(x))
         return loss
 
     def _total(self, step: Step) -> Scalar:
         """The loss on a step or a chunk of one, which is counted."""
         dictionary = self.dictionary
-        parts = list(dictionary.losses(step).values())
+        own = dictionary.losses(step).items()
+        parts = [loss * self.recon_coefficient if name == "recon" else loss for name, loss in own]
         parts += [dictionary.penalty(step), *(term(step) for term in self.terms.values())]
         self.statistics.count(step)
         return torch.stack([part for part in parts if part is not None]).sum()
@@ -106,6 +100,7 @@ class Learner(nn.Module):
         parameters: list[nn.Parameter],
         chunks: Sequence[tuple[Tensor, Tensor]],
         revived: Int[Tensor, " n_dead"] | None,
+        clean: CleanRun | None,
     ) -> Scalar:
         """The loss on all chunks; adds its gradients to `.grad` of the parameters.
 
@@ -120,10 +115,11 @@ class Learner(nn.Module):
             rows = {name: row.detach().requires_grad_() for name, row in found.items()}
             residual_variance = self._residual_variance(chunks) if len(chunks) > 1 else None
         leaves = [*parameters, *(rows or {}).values()]
+        whole = clean if len(chunks) == 1 else None
 
         def chunk_loss(x: Tensor, target: Tensor) -> Scalar:
             step = dictionary.step(x, target, self.variance, self.statistics.dead)
-            step = replace(step, dead_rows=rows, residual_variance=residual_variance)
+            step = replace(step, dead_rows=rows, residual_variance=residual_variance, clean=whole)
             loss = self._total(step) * (len(x) / n_tokens)
             with torch.autocast(x.device.type, enabled=False):
                 loss.backward(inputs=leaves)

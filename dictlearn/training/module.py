@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dictlearn.data import Batch, Sequences
+from dictlearn.lm import LM, CleanRun
 from dictlearn.training.learner import Learner
 from dictlearn.training.optimizers import Adam, build_optimizer
 from dictlearn.training.schedules import WarmupDecay
@@ -37,12 +38,14 @@ class Member(NamedTuple):
 class DictionaryTraining(L.LightningModule):
     """Trains every member on every batch; losses are independent, so their sum has each one's own gradients.
 
-    Metrics stay on the device and leave it once per window in one transfer. `latest` holds the last window's
+    `lm`, of which the batches are, is there for terms that look at it; it is in no module tree. Metrics stay on the
+    device and leave it once per window in one transfer. `latest` holds the last window's
     values for the progress bar, and the mean speed of the run, in all its processes.
     """
 
-    def __init__(self, members: list[Member], n_steps: int, tokens_per_batch: int) -> None:
+    def __init__(self, members: list[Member], n_steps: int, tokens_per_batch: int, lm: LM | None = None) -> None:
         super().__init__()
+        self.lm = lm
         self.members = members
         self.learners = nn.ModuleList(member.learner for member in members)
         self.n_steps, self.tokens_per_batch = n_steps, tokens_per_batch
@@ -53,9 +56,12 @@ class DictionaryTraining(L.LightningModule):
 
     def training_step(self, batch: Batch | Sequences, batch_idx: int) -> Tensor:
         flat = batch.flat() if isinstance(batch, Sequences) else batch
+        clean = None
+        if self.lm is not None and isinstance(batch, Sequences):
+            clean = CleanRun(self.lm.model, batch.tokens, batch.counted, flat.acts)
         for member in self.members:
             member.learner.at(self.global_step, self.n_steps)
-        return torch.stack([member.learner.loss(flat) for member in self.members]).sum()
+        return torch.stack([member.learner.loss(flat, clean) for member in self.members]).sum()
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer([(m.learner.dictionary, m.optimizer) for m in self.members])

@@ -27,9 +27,9 @@ from dictlearn.evaluation.build import build_blocks
 from dictlearn.files import folder_problem
 from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary, starting_dictionaries
-from dictlearn.training.learner import LossTerm
 from dictlearn.training.plan import lm_dtype
 from dictlearn.training.points import Entry, entries, nodes, points, sites_of
+from dictlearn.training.terms import LossTerm, lm_terms, micro_batch_problem
 
 PARTS = ("objective", "optimizer", "schedule")
 TRAINER_KEYS = ("_target_", "accelerator", "devices", "precision", "deterministic")
@@ -61,6 +61,7 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
     starts = collect(found, lambda: starting_dictionaries(init_from, dictionaries)) or {}
     for entry in dictionaries:
         _check_dictionary(entry, model, starts, found)
+        _check_lm_terms(cfg, entry, model, found)
     if not dictionaries:
         _check_parts(cfg, found)
     return list(dict.fromkeys(found))
@@ -148,6 +149,23 @@ def _check_dictionary(
         collect(found, lambda: dictionary.start_from_(start))
         if entry.config.init_subspace not in (None, AUTO):
             found.append("init_subspace has no effect with init_from, whose weights are not random: leave it out")
+
+
+def _check_lm_terms(cfg: DictConfig, entry: Entry, model: PreTrainedModel | None, found: list[str]) -> None:
+    """Terms that look at the LM need whole rows, the LM that they are from, and sites that it has."""
+    built = collect([], lambda: build(entry.config.objective))  # what does not build is said of the part
+    if not isinstance(built, Mapping) or not (terms := lm_terms(built)):
+        return
+    assert model is not None
+    names = ", ".join(f"objective.{name}" for name in terms)
+    if cfg.stream != "sequences":
+        found.append(f"{names} runs the LM on whole rows: use stream=sequences, got stream={cfg.stream}")
+    if (store := OmegaConf.select(cfg, "data.store")) is not None:
+        found.append(f"{names} runs the LM in training: use data.store=null, got data.store={store}")
+    if problem := micro_batch_problem(terms, cfg.micro_batch_size):
+        found.append(problem)
+    for term in terms.values():
+        collect(found, lambda t=term: t.sites(model))
 
 
 def _check_parts(cfg: DictConfig, found: list[str]) -> None:

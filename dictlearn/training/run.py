@@ -26,7 +26,7 @@ from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.hub import save
 from dictlearn.hub.codecs.native import WEIGHTS
 from dictlearn.lm import LM, load_lm
-from dictlearn.training.build import build_members, sizes_of, starting_dictionaries
+from dictlearn.training.build import build_members, captured_sites, sizes_of, starting_dictionaries
 from dictlearn.training.callbacks import (
     Environment,
     Identity,
@@ -42,7 +42,7 @@ from dictlearn.training.interrupt import StopOnSignal, as_interrupt
 from dictlearn.training.loggers import DictionaryLogger
 from dictlearn.training.module import DictionaryTraining, Diverged, Member
 from dictlearn.training.plan import plan, show
-from dictlearn.training.points import Entry, entries, sites_of
+from dictlearn.training.points import Entry, entries
 from dictlearn.training.preflight import problems
 from dictlearn.training.resume import (
     AUTO,
@@ -205,9 +205,8 @@ def _load(cfg: DictConfig, say: Callable[[str], None], resuming: bool = False) -
     lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
     fix_commit(cfg, "lm.revision", lm.revision)
     found = entries(cfg, lm.model)
-    data = ActivationData(
-        build(cfg.data), lm, sites_of(found), cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream
-    )
+    sites = captured_sites(found, lm.model)
+    data = ActivationData(build(cfg.data), lm, sites, cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream)
     with ExitStack() as after_failure:
         after_failure.callback(data.close)
         starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
@@ -245,7 +244,7 @@ def _fit(
     checkpoints = run_dir / "checkpoints"
     stream = setup.data.train_dataloader()
     n_steps = len(stream)
-    module = DictionaryTraining(setup.members, n_steps, stream.tokens_per_batch)
+    module = DictionaryTraining(setup.members, n_steps, stream.tokens_per_batch, setup.lm)
     stopper = StopOnSignal(checkpoints, console)
     trainer = build(
         cfg.trainer,
