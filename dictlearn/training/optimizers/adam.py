@@ -1,23 +1,25 @@
-"""The optimizer: one fused Adam, one parameter group per dictionary."""
+"""Adam: one fused step over all dictionaries that have it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Adam as TorchAdam
 
+from dictlearn.checks import check_positive
 from dictlearn.dictionaries import Dictionary
+from dictlearn.training.optimizers.base import Group, Make, OptimizerSettings, Part, lr_law
 from dictlearn.types import DictlearnError
 
-LAW_LR, LAW_LATENTS = 2e-4, 2**14  # the learning-rate law of Gao et al. 2024: 2e-4 / sqrt(n_latents / 2^14)
+LAW_LR = 2e-4  # of Gao et al. 2024, arXiv 2406.04093
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(OptimizerSettings):
     """Adam for one dictionary (Kingma & Ba 2015).
 
     Args:
@@ -34,25 +36,33 @@ class Adam:
     clip_norm: float | None
 
     def __post_init__(self) -> None:
-        for name, optional in (("lr", True), ("lr_factor", False), ("eps", False), ("clip_norm", True)):
-            value = getattr(self, name)
-            if not (_is_number(value) and value > 0) and not (value is None and optional):
-                or_null = " or null" if optional else ""
-                raise DictlearnError(f"optimizer.{name} must be a positive number{or_null}, got {value!r}.")
+        check_positive("optimizer.lr", self.lr, or_null=True)
+        check_positive("optimizer.lr_factor", self.lr_factor)
+        check_positive("optimizer.eps", self.eps)
+        check_positive("optimizer.clip_norm", self.clip_norm, or_null=True)
         betas = list(self.betas) if isinstance(self.betas, Sequence) else []
-        if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        if len(betas) != 2 or not all(is_share(beta) for beta in betas):
             raise DictlearnError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas}.")
 
     def peak_lr(self, dictionary: Dictionary) -> float:
         """The learning rate at the top of the schedule."""
-        return self.lr or self.lr_factor * LAW_LR / (dictionary.n_latents / LAW_LATENTS) ** 0.5
+        return self.lr or self.lr_factor * lr_law(LAW_LR, dictionary.n_latents)
+
+    def group(self, dictionary: Dictionary, parameters: Sequence[Tensor]) -> tuple[Make, Group]:
+        """The group of some parameters of `dictionary`."""
+        settings = {"lr": self.peak_lr(dictionary), "betas": tuple(self.betas), "eps": self.eps}
+        return fused_adam, {"params": list(parameters), **settings}
+
+    def groups(self, dictionary: Dictionary) -> list[tuple[Make, Group]]:
+        return [self.group(dictionary, list(dictionary.parameters()))]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_share(value: object) -> bool:
+    """A number from 0 to below 1."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
-class InMemoryOrder(TorchAdam):
+class InMemoryOrder(Part, TorchAdam):
     """Torch's Adam on views in the order of memory: its fused step copies the gradients of transposed weights."""
 
     def _init_group(
@@ -76,15 +86,4 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis)))
 
 
-def build_optimizer(members: Sequence[tuple[Dictionary, Adam]]) -> TorchAdam:
-    """One optimizer over all dictionaries, each a parameter group with its own settings."""
-    groups = [
-        {
-            "params": list(dictionary.parameters()),
-            "lr": adam.peak_lr(dictionary),
-            "betas": tuple(adam.betas),
-            "eps": adam.eps,
-        }
-        for dictionary, adam in members
-    ]
-    return InMemoryOrder(groups, fused=True)
+fused_adam: Make = partial(InMemoryOrder, fused=True)
