@@ -25,7 +25,7 @@ from dictlearn.training.learner import Learner, prepare
 from dictlearn.training.optimizers import Adam, build_optimizer
 from dictlearn.training.schedules import WarmupDecay
 
-WINDOW = 50  # steps after which ours judges anew which latents are dead
+WINDOW = 50  # steps after which latents are judged anew; one that fired in it counts as alive at its end
 EPS = 6.25e-10
 
 
@@ -37,6 +37,7 @@ class Dense:
         self.k, self.variance, self.dead_after = k, variance, dead_after
         self.since_fired = torch.zeros(len(start["b_enc"]), dtype=torch.long)
         self.dead = torch.zeros(len(start["b_enc"]), dtype=torch.bool)
+        self.fired, self.n_tokens = self.dead.clone(), 0  # since latents were last judged
         self.optimizer = torch.optim.Adam(self.p.values(), lr=lr, eps=EPS)
         self.lr, self.n_steps = lr, 0
 
@@ -47,7 +48,9 @@ class Dense:
         recon = latents @ p["W_dec"] + p["b_dec"]
         loss = (x - recon).square().sum(-1).mean() / self.variance
         if self.n_steps % WINDOW == 0:
+            self.since_fired = torch.where(self.fired, 0, self.since_fired + self.n_tokens)
             self.dead = self.since_fired >= self.dead_after
+            self.fired, self.n_tokens = torch.zeros_like(self.dead), 0
         if n_dead := int(self.dead.sum()):
             residual, k_aux = (x - recon).detach(), x.shape[-1] // 2
             auxiliary = _top_k(pre_acts.masked_fill(~self.dead, -torch.inf), min(k_aux, n_dead)) @ p["W_dec"]
@@ -64,7 +67,8 @@ class Dense:
         self.optimizer.step()
         with torch.no_grad():
             p["W_dec"] /= p["W_dec"].norm(dim=-1, keepdim=True)
-        self.since_fired = torch.where((latents > 0).any(0), 0, self.since_fired + len(x))
+        self.fired |= (latents > 0).any(0)
+        self.n_tokens += len(x)
         self.n_steps += 1
         return loss.detach()
 
