@@ -16,7 +16,8 @@ def latent_table(dictionary: Dictionary, latents: LatentValues, neighbours: Near
 
     - `latent`: its index. `count`: on how many counted held-out tokens it is active (not zero), int64.
     - `density`: count / counted tokens. `mean`, `max`: its values where it is active; missing for a dead latent.
-    - `decoder_norm`: ||W_dec_i||, of several write sites the sum of their norms.
+    - `decoder_norm`: ||W_dec_i||, of several write sites the sum of their norms; of a cross-layer transcoder the
+      norm over all of them.
     - `encoder_decoder_cosine`: cosine of its encoder and its decoder direction, over all sites together; missing
       where reads and writes differ in width, or a direction is zero.
     - `nearest_latent`, `nearest_cosine`: the other latent whose decoder direction has the largest cosine with its

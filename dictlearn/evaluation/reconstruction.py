@@ -72,7 +72,7 @@ class _Account:
         self, dictionary: Dictionary, mean: Float[Tensor, "n_writes d_out"], n_rows: int, ctx: int
     ) -> None:
         self.dictionary, self.mean = dictionary, mean
-        n_writes, device = len(dictionary.writes), dictionary.W_dec.device
+        n_writes, device = len(dictionary.writes), dictionary.b_dec.device
         self.variance = Variance(n_writes, dictionary.d_out).to(device)
         self.variance_masked = Variance(n_writes, dictionary.d_out).to(device)
         self.token_fvu = TokenFVU(n_writes).to(device)

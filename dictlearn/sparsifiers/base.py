@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dictlearn.registry import kind_of
 from dictlearn.types import Encoded, Scalar, SparseLatents, Step
 
 
@@ -28,6 +29,11 @@ class Sparsifier(nn.Module, ABC):
     signed: ClassVar[bool] = False
     norm_weighted: bool = False
     per_token: bool = True
+
+    @property
+    def kind(self) -> str:
+        """By which the registry knows it."""
+        return kind_of(self)
 
     @abstractmethod
     def forward(self, pre_acts: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch n_latents"]:

@@ -151,9 +151,9 @@ def _lm_parameters_used(model: PreTrainedModel, sites: Sequence[Site]) -> int:
 
 def _flops_per_token(d: Dictionary) -> float:
     """A compact code makes the encoder product dense and the rest sparse; a dense one costs five dense products."""
-    encoder, decoder = d.W_enc.numel(), d.W_dec.numel()
+    encoder, decoder = d.W_enc.numel(), sum(rows.numel() for rows in d.decoders)
     if d.sparsifier.compact:
-        k = getattr(d.sparsifier, "k", 0)
+        k = sum(getattr(layer, "k", 0) for layer in getattr(d.sparsifier, "layers", [d.sparsifier]))
         return 2 * encoder + 8 * k * (encoder + decoder) / d.n_latents
     return 4 * encoder + 6 * decoder
 

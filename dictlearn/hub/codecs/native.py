@@ -56,17 +56,19 @@ class Native:
         try:
             own = cfg.get("metadata", {}).get("dictlearn")
             _check_widths(cfg if own is None else own, stored)
-            dictionary = _build_own(own) if own is not None else _build_sae_lens(cfg)
+            with torch.device("meta"):  # what is allocated is never larger than the file
+                empty = _build(cfg)
             if own is not None:
-                _check_agreement(cfg, dictionary)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+                _check_agreement(cfg, empty)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise FormatError(f"{folder / CONFIG}: missing or wrong field: {error!r}.") from None
         except DictlearnError as error:
             raise FormatError(f"{folder / CONFIG}: {error}") from None
-        parameters = _parameters(dictionary)
-        tensors = read_tensors(folder / WEIGHTS, {name: tuple(p.shape) for name, p in parameters.items()})
+        shapes = {name: tuple(parameter.shape) for name, parameter in _parameters(empty).items()}
+        tensors = read_tensors(folder / WEIGHTS, shapes)
+        dictionary = _build(cfg)
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in _parameters(dictionary).items():
                 parameter.copy_(tensors[name])
             if own is None:
                 _fold_sae_lens(dictionary, cfg)
@@ -75,7 +77,7 @@ class Native:
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         scales = torch.cat([dictionary.read_scale, dictionary.write_scale])
         folded = torch.equal(scales, torch.ones_like(scales))
-        own = kind_of(dictionary.sparsifier.for_inference()) == kind_of(dictionary.sparsifier)
+        own = dictionary.sparsifier.for_inference().kind == dictionary.sparsifier.kind
         if dictionary.inference_kind is not None or not folded or not own:
             raise DictlearnError("Only inference dictionaries are written: call for_inference() first.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ def _parameters(dictionary: Dictionary) -> dict[str, nn.Parameter]:
 
 
 def _check_widths(declared: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """The declared widths are those of the weights, so that nothing larger than the file is ever allocated."""
+    """Raise DictlearnError where the declared widths are not those of the weights."""
     n_latents = declared.get("n_latents", declared.get("d_sae"))
     for key, width in {"W_enc": declared["d_in"], "W_dec": declared.get("d_out", declared["d_in"])}.items():
         if key in stored and not {n_latents, width} <= set(stored[key]):
@@ -109,7 +111,7 @@ def _check_agreement(cfg: Mapping[str, Any], dictionary: Dictionary) -> None:
 
 
 def _config(dictionary: Dictionary) -> dict[str, Any]:
-    sparsifier = {"kind": kind_of(dictionary.sparsifier), **dictionary.sparsifier.config()}
+    sparsifier = {"kind": dictionary.sparsifier.kind, **dictionary.sparsifier.config()}
     own = {"version": __version__, "kind": kind_of(dictionary), **dictionary.config(), "sparsifier": sparsifier}
     metadata = dictionary.metadata
     cfg: dict[str, Any] = {
@@ -145,8 +147,14 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
 
 def _architecture(dictionary: Dictionary) -> str:
     kind = kind_of(dictionary)
-    key = (kind_of(dictionary.sparsifier), dictionary.is_autoencoder, dictionary.W_skip is not None)
+    key = (dictionary.sparsifier.kind, dictionary.is_autoencoder, dictionary.W_skip is not None)
     return SAE_LENS_NAMES[key] if kind == "linear" and key in SAE_LENS_NAMES else f"{OWN}{kind}"
+
+
+def _build(cfg: Mapping[str, Any]) -> Dictionary:
+    """The dictionary with empty weights."""
+    own = cfg.get("metadata", {}).get("dictlearn")
+    return _build_sae_lens(cfg) if own is None else _build_own(own)
 
 
 def _build_own(own: Mapping[str, Any]) -> Dictionary:
@@ -160,7 +168,7 @@ def _build_own(own: Mapping[str, Any]) -> Dictionary:
 
 
 def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
-    """An empty dictionary for a file that SAELens wrote."""
+    """For a file that SAELens wrote."""
     architecture = cfg["architecture"]
     by_name = {name: key for key, name in SAE_LENS_NAMES.items()}
     if architecture not in by_name:
