@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.top_k import TopK
-from dictlearn.training.optimizers import Adam, Muon, OptimizerSettings, Part, SignSGD, average_, build_optimizer
+from dictlearn.training.optimizers import (
+    Adam,
+    Muon,
+    OptimizerSettings,
+    RunOptimizer,
+    SignSGD,
+    average_,
+    build_optimizer,
+)
 from dictlearn.training.optimizers.adam import InMemoryOrder
 from dictlearn.training.optimizers.base import Together
 from dictlearn.types import DictlearnError
@@ -119,36 +128,57 @@ def test_adam_and_muon_evaluate_what_they_train() -> None:
 # -- Muon --
 
 
-def rows_of(weight: Tensor, axis: int) -> Tensor:
-    return weight.detach().movedim(axis, 0).flatten(1).clone()
+def matrices_of(dictionary: Dictionary) -> dict[str, list[Tensor]]:
+    """What Muon has to see, written out for each architecture."""
+    W_enc, W_skip = dictionary.W_enc.detach(), dictionary.get_parameter("W_skip").detach()
+    if isinstance(dictionary, CrossLayer):
+        n = dictionary.n_latents // 2
+        return {
+            "W_enc": [W_enc[:, :n].T.clone(), W_enc[:, n:].T.clone()],
+            "W_dec_0": [dictionary.get_parameter("W_dec_0").detach().reshape(n, 10).clone()],
+            "W_dec_1": [dictionary.get_parameter("W_dec_1").detach().reshape(n, 5).clone()],
+            "W_skip": [W_skip[0].clone(), W_skip[1].clone()],
+        }
+    n_sites = len(dictionary.reads)
+    return {
+        "W_enc": [W_enc.reshape(n_sites * 5, -1).T.clone()],
+        "W_dec": [dictionary.W_dec.detach().reshape(-1, n_sites * 5).clone()],
+        "W_skip": [W_skip.reshape(n_sites * 5, n_sites * 5).clone()],
+    }
 
 
-@pytest.mark.parametrize("kind", [Linear, Crosscoder])
+SITES = {Linear: ("a",), Crosscoder: ("a", "b"), CrossLayer: ("a", "b")}
+
+
+@pytest.mark.parametrize("kind", [Linear, Crosscoder, CrossLayer])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_is_torch_s_on_matrices_of_latents(kind: type[Dictionary], weight_decay: float) -> None:
-    sites = ("a", "b") if kind is Crosscoder else ("a",)
-    dictionary = kind(5, 5, 16, TopK(4), sites, sites, skip=True)
+def test_muon_is_torch_s_on_the_matrices(kind: type[Dictionary], weight_decay: float) -> None:
+    writes = ("c", "d") if kind is CrossLayer else SITES[kind]
+    dictionary = kind(5, 5, 16, TopK(4), SITES[kind], writes, skip=True)
     for p in dictionary.parameters():
         nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
-    axes = {"W_enc": -1, "W_dec": 0} | ({"W_skip": 0} if kind is Linear else {})
-    matrices = {name: nn.Parameter(rows_of(dictionary.get_parameter(name), a)) for name, a in axes.items()}
-    rest = {name: nn.Parameter(p.detach().clone()) for name, p in dictionary.named_parameters() if name not in axes}
+    matrices = {name: list(map(nn.Parameter, found)) for name, found in matrices_of(dictionary).items()}
+    rest = {n: nn.Parameter(p.detach().clone()) for n, p in dictionary.named_parameters() if n not in matrices}
+    assert set(rest) == {"b_enc", "b_dec"}
     settings = Muon(2e-2, 0.9, weight_decay, 1e-3, 1.0, (0.9, 0.999), 6.25e-10, None)
     optimizer = build_optimizer([(dictionary, settings)])
-    muon = torch.optim.Muon(matrices.values(), 2e-2, weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    flat = [matrix for found in matrices.values() for matrix in found]
+    muon = torch.optim.Muon(flat, 2e-2, weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.Adam(rest.values(), 1e-3, (0.9, 0.999), 6.25e-10)
     for step in range(4):
         set_gradients(dictionary, step)
-        for name, p in dictionary.named_parameters():
-            assert p.grad is not None
-            if name in axes:
-                matrices[name].grad = rows_of(p.grad, axes[name])
-            else:
-                rest[name].grad = p.grad.clone()
+        gradients = copy.deepcopy(dictionary)
+        for p, own in zip(gradients.parameters(), dictionary.parameters(), strict=True):
+            p.data.copy_(own.grad)  # type: ignore[arg-type]
+        for name, found in matrices_of(gradients).items():
+            for matrix, grad in zip(matrices[name], found, strict=True):
+                matrix.grad = grad
+        for name, p in rest.items():
+            p.grad = gradients.get_parameter(name).detach().clone()
         for each in (optimizer, muon, adam):
             each.step()
-    for name, expected in matrices.items():
-        assert torch.equal(rows_of(dictionary.get_parameter(name), axes[name]), expected), name
+    for name, found in matrices_of(dictionary).items():
+        assert all(map(torch.equal, found, matrices[name])), name
     for name, expected in rest.items():
         torch.testing.assert_close(dictionary.get_parameter(name).detach(), expected.detach())
 
@@ -186,7 +216,7 @@ def three() -> list[tuple[Dictionary, OptimizerSettings]]:
     def made(kind: type[Dictionary]) -> Dictionary:
         return kind.tiny()
 
-    return [(made(Linear), SIGN), (made(Crosscoder), MUON), (made(Linear), ADAM), (made(Linear), SIGN)]
+    return [(made(Linear), SIGN), (made(Crosscoder), MUON), (made(Linear), ADAM), (made(CrossLayer), SIGN)]
 
 
 FACTORS: list[Callable[[int], float]] = [
@@ -199,7 +229,7 @@ FACTORS: list[Callable[[int], float]] = [
 
 def trained(
     members: list[tuple[Dictionary, OptimizerSettings]], factors: list[Callable[[int], float]]
-) -> tuple[Part, LambdaLR, Callable[[int], None]]:
+) -> tuple[RunOptimizer, LambdaLR, Callable[[int], None]]:
     optimizer = build_optimizer(members)
     lambdas = [factors[group["member"]] for group in optimizer.param_groups]
     scheduler = LambdaLR(optimizer, lambdas)
@@ -330,8 +360,9 @@ def test_rows_that_start_again_are_as_fresh_ones(settings: OptimizerSettings) ->
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_defaults_train_every_parameter(choice: str) -> None:
-    for kind in (Linear, Crosscoder):
-        dictionary = kind(5, 5, 16, TopK(4), *([("a", "b")] * 2 if kind is Crosscoder else [("a",)] * 2), skip=True)
+    for kind, sites in SITES.items():
+        writes = ("c", "d") if kind is CrossLayer else sites
+        dictionary = kind(5, 5, 16, TopK(4), sites, writes, skip=True)
         optimizer = build_optimizer([(dictionary, default(choice))])
         found = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, found)) == sorted(map(id, dictionary.parameters()))

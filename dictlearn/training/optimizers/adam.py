@@ -12,7 +12,7 @@ from torch.optim import Adam as TorchAdam
 
 from dictlearn.checks import check_positive
 from dictlearn.dictionaries import Dictionary
-from dictlearn.training.optimizers.base import Group, Make, OptimizerSettings, Part, lr_law
+from dictlearn.training.optimizers.base import Group, Make, OptimizerSettings, RunOptimizer, lr_law
 from dictlearn.types import DictlearnError
 
 LAW_LR = 2e-4  # of Gao et al. 2024, arXiv 2406.04093
@@ -62,7 +62,7 @@ def is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
-class InMemoryOrder(Part, TorchAdam):
+class InMemoryOrder(RunOptimizer, TorchAdam):
     """Torch's Adam on views in the order of memory: its fused step copies the gradients of transposed weights."""
 
     def _init_group(

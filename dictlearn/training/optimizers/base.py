@@ -22,7 +22,7 @@ def lr_law(rate: float, n_latents: int) -> float:
     return rate / (n_latents / LAW_LATENTS) ** 0.5
 
 
-class Part(Optimizer):
+class RunOptimizer(Optimizer):
     """A torch optimizer that a run can save, average and restart rows of."""
 
     def average(self, weight: Tensor) -> Tensor | None:  # noqa: ARG002
@@ -38,7 +38,7 @@ class Part(Optimizer):
 
 
 Group = dict[str, Any]
-Make = Callable[[list[Group]], Part]
+Make = Callable[[list[Group]], RunOptimizer]
 
 
 class OptimizerSettings(ABC):
@@ -56,7 +56,7 @@ class OptimizerSettings(ABC):
         """Parameter groups at their peak learning rates, each with what makes its optimizer of such groups."""
 
 
-def build_optimizer(members: Sequence[tuple[Dictionary, OptimizerSettings]]) -> Part:
+def build_optimizer(members: Sequence[tuple[Dictionary, OptimizerSettings]]) -> RunOptimizer:
     """One optimizer over all dictionaries, each with its own settings.
 
     `member` of a parameter group is the position of its dictionary. Groups of one kind are one optimizer.
@@ -69,17 +69,17 @@ def build_optimizer(members: Sequence[tuple[Dictionary, OptimizerSettings]]) -> 
     return parts[0] if len(parts) == 1 else Together(parts)
 
 
-class Together(Part):
+class Together(RunOptimizer):
     """Several optimizers as one: its groups and its state are theirs, so that schedulers and checkpoints work."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[RunOptimizer]) -> None:
         self.parts = list(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._share()
 
     def _share(self) -> None:
         start = 0
-        self._part_of: dict[Tensor, Part] = {}
+        self._part_of: dict[Tensor, RunOptimizer] = {}
         for part in self.parts:
             part.param_groups = self.param_groups[start : start + len(part.param_groups)]
             part.state = self.state
@@ -107,7 +107,7 @@ class Together(Part):
 
 
 @torch.no_grad()
-def average_(optimizer: Part, dictionary: Dictionary) -> dict[nn.Parameter, Tensor]:
+def average_(optimizer: RunOptimizer, dictionary: Dictionary) -> dict[nn.Parameter, Tensor]:
     """Put the averages in the place of the weights, then onto the constraint set.
 
     Returns the weights as they were, to go on from; nothing where the optimizer does not average.

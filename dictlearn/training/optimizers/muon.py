@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Muon as TorchMuon
 from torch.optim import Optimizer
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from dictlearn.checks import check_number, check_positive
 from dictlearn.dictionaries import Dictionary
 from dictlearn.training.optimizers.adam import Adam, is_share
-from dictlearn.training.optimizers.base import Group, Make, OptimizerSettings, Part
+from dictlearn.training.optimizers.base import Group, Make, OptimizerSettings, RunOptimizer
 from dictlearn.types import DictlearnError
 
 NEWTON_SCHULZ = {"ns_coefficients": (3.4445, -4.7750, 2.0315), "ns_steps": 5, "eps": 1e-7}  # Jordan et al.
@@ -23,9 +24,9 @@ NEWTON_SCHULZ = {"ns_coefficients": (3.4445, -4.7750, 2.0315), "ns_steps": 5, "e
 class Muon(OptimizerSettings):
     """Muon for the matrices of one dictionary, Adam for the rest of it.
 
-    Matrices are the weights with a row per latent, the site axes of a row flattened (what is read or written at all
-    sites is one linear map), and W_skip of single sites. Their update is lr x 0.2 sqrt(max(shape)) times the
-    orthogonalised momentum, which has the size of one of Adam's at any width.
+    Matrices are the weights with a row per latent and the skip path. What is read or written at several sites is
+    one linear map, so site axes are flattened; of a cross-layer transcoder, each layer has its own matrices. The
+    update is lr x 0.2 sqrt(max(shape)) times the orthogonalised momentum, as large as one of Adam's at any width.
 
     Args:
         lr: peak learning rate of the matrices.
@@ -59,26 +60,40 @@ class Muon(OptimizerSettings):
         return Adam(self.adam_lr, self.lr_factor, self.betas, self.eps, self.clip_norm)
 
     def groups(self, dictionary: Dictionary) -> list[tuple[Make, Group]]:
-        row_axes = {**dictionary.latent_axis, **({} if dictionary.site_axis else {"W_skip": 0})}
-        matrices, axes, rest = [], [], []
-        for name, parameter in dictionary.named_parameters():
-            if name in row_axes and parameter.ndim > 1:
-                matrices.append(parameter)
-                axes.append(row_axes[name])
-            else:
-                rest.append(parameter)
+        views = _matrices(dictionary)
+        matrices = {p: views[name] for name, p in dictionary.named_parameters() if name in views}
         settings = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
         return [
-            (RowMuon, {"params": matrices, "row_axes": axes, **settings}),
-            self.rest.group(dictionary, rest),
+            (MatrixMuon, {"params": list(matrices), "views": list(matrices.values()), **settings}),
+            self.rest.group(dictionary, [p for p in dictionary.parameters() if p not in matrices]),
         ]
 
 
-class RowMuon(Part, TorchMuon):
-    """Torch's Muon on matrices [rows, all other axes]; `row_axes` of a group is the axis of the rows, by parameter.
+class View(NamedTuple):
+    """A parameter as matrices, [n_matrices, n_rows, all other axes] with `axis` first."""
 
-    Updates are scaled to the root mean square of Adam's.
-    """
+    axis: int
+    n_matrices: int
+    n_rows: int
+
+
+def _matrices(dictionary: Dictionary) -> dict[str, View]:
+    """By parameter. Where each read site has latents of its own, each has an encoder and a skip path of its own."""
+    n_maps = len(dictionary.reads) if dictionary.latents_per_read else 1
+    latents = torch.arange(dictionary.n_latents, device=dictionary.b_dec.device)
+    found = {}
+    for name, axis, _ in dictionary.parts_of(latents):
+        weight = dictionary.get_parameter(name)
+        if weight.ndim > 1:
+            n_rows = dictionary.n_latents // n_maps
+            found[name] = View(axis, weight.shape[axis] // n_rows, n_rows)
+    if dictionary.W_skip is not None:
+        found["W_skip"] = View(0, n_maps, dictionary.b_dec.numel() // n_maps)
+    return found
+
+
+class MatrixMuon(RunOptimizer, TorchMuon):
+    """Torch's Muon on parameters seen as matrices, a `View` of each in the group; updates as large as Adam's."""
 
     def __init__(self, groups: list[Group]) -> None:
         defaults = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw", **NEWTON_SCHULZ}
@@ -91,15 +106,14 @@ class RowMuon(Part, TorchMuon):
         grads: list[Tensor],
         muon_momentum_bufs: list[Tensor],
     ) -> bool:
-        axes = dict(zip(group["params"], group["row_axes"], strict=True))
+        view_of = dict(zip(group["params"], group["views"], strict=True))
         result = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        row_axes = [axes[p] for p in params_with_grad]
+        views = [view_of[p] for p in params_with_grad]
         for tensors in (params_with_grad, grads, muon_momentum_bufs):
-            tensors[:] = [_by_row(t, axis) for t, axis in zip(tensors, row_axes, strict=True)]
+            tensors[:] = [matrix for t, view in zip(tensors, views, strict=True) for matrix in _seen(t, *view)]
         return bool(result)
 
 
-def _by_row(tensor: Tensor, axis: int) -> Tensor:
-    """A view [rows, all other axes]."""
-    rows = tensor.movedim(axis, 0)
-    return rows.view(len(rows), -1)
+def _seen(tensor: Tensor, axis: int, n_matrices: int, n_rows: int) -> tuple[Tensor, ...]:
+    """Views, so that they can be changed in place."""
+    return tensor.movedim(axis, 0).view(n_matrices, n_rows, -1).unbind(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dictlearn.checks import check_positive
 from dictlearn.dictionaries import Dictionary
-from dictlearn.training.optimizers.base import Group, Make, OptimizerSettings, Part, lr_law
+from dictlearn.training.optimizers.base import Group, Make, OptimizerSettings, RunOptimizer, lr_law
 from dictlearn.types import DictlearnError
 
 LAW_LR = 5e-3  # of EleutherAI's sparsify
@@ -23,7 +23,7 @@ class SignSGD(OptimizerSettings):
     """Schedule-free signSGD for one dictionary: half of Adam's memory, and no decay of the learning rate to plan.
 
     An average takes the place of decay: `schedule.decay` is 0 unless given. There is no clipping: it changes no
-    sign. What is saved and evaluated is the average x; gradients, metrics and statistics in training are those of y.
+    sign. What is saved and evaluated is the average x; gradients and metrics in training are those of y.
 
     Args:
         lr: peak learning rate; None: `lr_factor` x 5e-3 / sqrt(n_latents / 2^14).
@@ -50,7 +50,7 @@ class SignSGD(OptimizerSettings):
         return [(ScheduleFreeSign, {"params": list(dictionary.parameters()), "lr": lr, "momentum": self.momentum})]
 
 
-class ScheduleFreeSign(Part):
+class ScheduleFreeSign(RunOptimizer):
     """In step t, with the gradient g at y, the learning rate r_t and momentum b:
 
         z' = z - r_t sign(g);  x' = (1 - c) x + c z';  y' = (1 - b) z' + b x'
