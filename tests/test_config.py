@@ -86,7 +86,7 @@ WRONG = [
     (["evaluation.batch_rows=0"], "evaluation.batch_rows must be a whole number of at least 1"),
     (["evaluation.blocks.behaviour.n_tokens=0"], "evaluation.blocks.behaviour: n_tokens must be a whole number"),
     (["optimizer.lr=-1"], "optimizer.lr must be a positive number or null, got -1"),
-    (["schedule.decay=2"], r"schedule.decay must be a number in \[0, 1\], got 2"),
+    (["schedule.decay=2"], r"schedule.decay must be null or a number in \[0, 1\], got 2"),
     (["schedule.warmup_steps=-1"], "schedule.warmup_steps must be a whole number of at least 0, got -1"),
     (["experiment=single", "site=resid_post.1", "sites=[resid_post.0]"], "site and sites cannot both be given"),
     (["grid={expansion:[2,2.5]}"], r"resid_post.2_expansion-2.5: expansion must be a whole number.*got 2.5"),
@@ -117,6 +117,11 @@ WRONG = [
     (["grid={sparsifier.k:[4,4000]}"], "sparsifier.k must be at most n_latents = 1024, got 4000"),
     (["sites=[resid_post.1,resid_post.9]", "experiment=single"], "resid_post.9"),
     (["init_from=nowhere"], "nowhere"),
+    (["init_subspace=1.5"], "init_subspace must be auto, null, a share of the variance above 0.*, got 1.5"),
+    (["init_subspace=0"], "init_subspace must be .* or a whole number of dimensions, got 0"),
+    (["init_subspace=all"], "init_subspace must be auto, null, .*got 'all'"),
+    (["dictionaries.attn.set={init_subspace:0.0}"], "attn_out.2: init_subspace must be auto, null, .*got 0.0"),
+    (["grid={init_subspace:[0.5,129]}"], "init_subspace must be at most the width of resid_post.2, 128, got 129"),
 ]
 
 

@@ -43,3 +43,14 @@ def test_no_counted_token_is_an_error(tmp_path):
     store = unique_store(tmp_path / "store", n_rows=3, ctx=8, masked=lambda _: True)
     with pytest.raises(DictlearnError, match="at least one counted token"):
         estimate_statistics(read, store)
+
+
+def test_covariances_are_those_of_the_sites_that_ask(store):
+    found = estimate_statistics(read, store, 200, lm_batch_rows=3, covariances=["x"])
+    rows = store.rows(0, 40)
+    n_rows = next(n for n in range(1, 41) if (rows[:n] > 0).sum() >= 200)
+    x = read(rows[:n_rows])["x"].double().numpy()[rows[:n_rows].numpy() > 0]
+    z = (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
+    for covariance, values in ((found["x"].covariance, x), (found["x"].layer_norm_covariance, z)):
+        np.testing.assert_allclose(np.asarray(covariance), np.cov(values.T, ddof=0), atol=1e-8)
+    assert found["half"].covariance is found["half"].layer_norm_covariance is None

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dictlearn.lm import activations, file_name, resolve, resolve_pair, site_width, skeleton, widths
-from dictlearn.lm.sites import FAMILIES, KINDS
+from dictlearn.lm.sites import FAMILIES, KINDS, is_attention_output
 from dictlearn.types import DictlearnError, Site
 from tests.lm.reference import REFERENCES
 
@@ -151,6 +151,16 @@ def test_pairs(model):
         assert resolve_pair(lm, name) == (resolve(lm, name), resolve(lm, name))
     with pytest.raises(DictlearnError, match=r"layer must be 0 to 3"):
         resolve_pair(lm, "mlp.4")
+
+
+@pytest.mark.parametrize("family", REFERENCES)
+def test_what_attention_writes_is_known_by_any_name(model, family):
+    lm = model(family)
+    kinds = {name.partition(".")[0] for name in names(family) if is_attention_output(lm, resolve(lm, name))}
+    assert kinds == {"attn_out"} - ABSENT.get(family, set())
+    read, projected = (resolve(lm, f"{kind}.1").module for kind in ("attn_in", "attn_z"))
+    for path, expected in ((read, True), (projected, True), (f"{projected}:in", False)):
+        assert is_attention_output(lm, resolve(lm, path)) == expected, path
 
 
 def test_file_names():
