@@ -33,7 +33,7 @@ class Gated(Linear):
     The sparsifier is `relu`, which gives the penalty.
     """
 
-    inference_kind: ClassVar[str] = "linear"
+    inference_kind: ClassVar[str | None] = "linear"
     latent_axis: ClassVar = {**Linear.latent_axis, "r_mag": 0, "b_mag": 0}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,9 +67,7 @@ class Gated(Linear):
 
     def losses(self, step: Step) -> dict[str, Scalar]:
         assert step.pre_acts is not None
-        recon = decode(step.pre_acts.relu(), self.flat_W_dec.detach()) + self.b_dec.detach().flatten()
-        if self.W_skip is not None:
-            recon = recon + self._skip(step.x).detach()
+        recon = decode(step.pre_acts.relu(), self.flat_W_dec.detach()) + self.offset(step.x).detach()
         return {"recon": recon_loss(step), "gate": recon_loss(step, step.target - recon)}
 
     def penalty(self, step: Step) -> Scalar | None:
@@ -91,7 +89,7 @@ class Gated(Linear):
     def start_from_(self, other: Dictionary) -> None:
         """Take the weights of `other`, a linear dictionary with JumpReLU or ReLU."""
         linear = self.as_linear()
-        linear.sparsifier = _jump_relu(torch.zeros(self.n_latents))
+        linear.sparsifier = JumpReLU.fixed(torch.zeros_like(self.b_enc))
         linear.start_from_(other)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
             if (parameter := getattr(self, name)) is not None:
@@ -106,7 +104,7 @@ class Gated(Linear):
         growth = self.r_mag.exp()
         linear.W_enc.mul_(growth)
         linear.b_enc.copy_(self.b_mag)
-        linear.sparsifier = _jump_relu((self.b_mag - growth * self.b_enc).clamp_min(0))
+        linear.sparsifier = JumpReLU.fixed((self.b_mag - growth * self.b_enc).clamp_min(0))
         return linear.for_inference()
 
     @classmethod
@@ -114,9 +112,3 @@ class Gated(Linear):
         tiny = cls(d_in=6, d_out=6, n_latents=16, sparsifier=ReLU(l1=0.1))
         tiny.initialise_(torch.Generator().manual_seed(0), torch.zeros(1, 6), torch.zeros(1, 6))
         return tiny
-
-
-def _jump_relu(thresholds: Float[Tensor, " n_latents"]) -> JumpReLU:
-    made = JumpReLU()
-    made.threshold = nn.Parameter(thresholds.clone())
-    return made.to(thresholds.device)

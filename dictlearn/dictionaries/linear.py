@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dictlearn.dictionaries.base import Dictionary
-from dictlearn.kernels import decode
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import Encoded, SparseLatents, Step
 
@@ -18,7 +17,7 @@ class Linear(Dictionary):
     """One linear encoder and one linear decoder around a sparsifier (Bricken et al. 2023; Dunefsky et al. 2024)."""
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        return self.normalise(x) @ self.flat_W_enc + self.b_enc
+        return self.products(self.normalise(x)) + self.b_enc
 
     def encode(self, x: Tensor) -> Tensor:
         return self.sparsifier(self.pre_activations(x))
@@ -40,20 +39,26 @@ class Linear(Dictionary):
     ) -> Step:
         flat_x, flat_target = self.normalise(x), self.normalise_target(target, x)
         latents, pre_acts = self.encode_step(flat_x)
-        recon = decode(latents, self.flat_W_dec) + self.b_dec.flatten()  # [batch, n_writes * d_out]
+        recon = self.decode_flat(latents)  # [batch, n_writes * d_out]
         if self.W_skip is not None:
             recon = recon + self._skip(flat_x)
         return Step(self, flat_x, flat_target, recon, latents, variance, dead, pre_acts)
 
+    def offset(self, x: Float[Tensor, "batch reads"]) -> Float[Tensor, "*batch writes"]:
+        """What the latents do not write, from normalised reads: the bias and the skip path."""
+        bias = self.b_dec.flatten()
+        return bias if self.W_skip is None else bias + self._skip(x)
+
     @torch.no_grad()
     def as_linear(self) -> Linear:
         """A plain linear dictionary with a copy of these weights, scales and sparsifier."""
-        made = Linear(sparsifier=copy.deepcopy(self.sparsifier), **Dictionary.config(self))
+        with self.b_dec.device:
+            made = Linear(sparsifier=copy.deepcopy(self.sparsifier), **Dictionary.config(self))
         made.sparsifier = copy.deepcopy(self.sparsifier)  # binding it has made its thresholds anew
         for name, tensor in [*made.named_parameters(recurse=False), *made.named_buffers(recurse=False)]:
             tensor.copy_(getattr(self, name))
         made.metadata = dict(self.metadata)
-        return made.to(self.b_dec.device)
+        return made
 
     @classmethod
     def tiny(cls) -> Linear:

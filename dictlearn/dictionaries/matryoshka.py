@@ -5,12 +5,14 @@ arXiv 2503.17547).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.kernels import decode
 from dictlearn.losses.recon import recon_loss
@@ -18,6 +20,13 @@ from dictlearn.sparsifiers.batch_top_k import BatchTopK
 from dictlearn.types import DictlearnError, Scalar, SparseLatents, Step
 
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
+
+
+@dataclass(frozen=True)
+class _NestedStep(Step):
+    """With the reconstruction of every prefix; the last is that of the whole dictionary."""
+
+    recons: Float[Tensor, "batch n_prefixes writes"] | None = None
 
 
 class Matryoshka(Linear):
@@ -32,7 +41,7 @@ class Matryoshka(Linear):
         others: those of `Linear`.
     """
 
-    inference_kind: ClassVar[str] = "linear"
+    inference_kind: ClassVar[str | None] = "linear"
 
     def __init__(self, *args: Any, prefixes: Sequence[float] = PREFIXES, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,10 +56,25 @@ class Matryoshka(Linear):
                 f"prefixes {shares} of {self.n_latents} latents end at {self.ends}: each needs latents of its own."
             )
 
+    def step(
+        self,
+        x: Tensor,
+        target: Tensor,
+        variance: Float[Tensor, " n_writes"],
+        dead: Int[Tensor, " n_dead"] | None = None,
+    ) -> Step:
+        flat_x, flat_target = self.normalise(x), self.normalise_target(target, x)
+        latents, pre_acts = self.encode_step(flat_x)
+        sums = self._parts(latents).cumsum(1, dtype=self.b_dec.dtype)
+        recons = sums + self.offset(flat_x).unsqueeze(-2)
+        return _NestedStep(
+            self, flat_x, flat_target, recons[:, -1], latents, variance, dead, pre_acts, recons=recons
+        )
+
     def losses(self, step: Step) -> dict[str, Scalar]:
-        parts = self._parts(step.latents)  # [batch, n_prefixes, writes]
-        rest = step.recon - parts.sum(1)  # bias and skip path
-        errors = step.target.unsqueeze(1) - rest.unsqueeze(1) - parts.cumsum(1)
+        assert isinstance(step, _NestedStep)
+        assert step.recons is not None
+        errors = step.target.unsqueeze(1) - step.recons
         return {"recon": recon_loss(step, errors.flatten(0, 1))}
 
     def _parts(self, latents: SparseLatents | Tensor) -> Float[Tensor, "batch n_prefixes writes"]:
@@ -71,7 +95,7 @@ class Matryoshka(Linear):
         return torch.stack(parts, dim=1)
 
     @torch.no_grad()
-    def for_inference(self) -> Linear:
+    def for_inference(self) -> Dictionary:
         return self.as_linear().for_inference()
 
     def config(self) -> dict[str, Any]:

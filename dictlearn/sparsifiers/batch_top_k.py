@@ -76,6 +76,8 @@ class BatchTopK(Sparsifier):
         self.n_latents = n_latents
 
     def scale_latents_(self, factor: Float[Tensor, " n_latents"]) -> None:
+        if factor.is_meta:
+            return  # shapes alone are checked
         if self.n_seen > 0 and not torch.equal(factor, factor[:1].expand_as(factor)):
             raise DictlearnError(
                 "BatchTopK has one threshold for all latents, so they can be scaled by one factor only; the "
@@ -84,11 +86,7 @@ class BatchTopK(Sparsifier):
         self.threshold *= factor[0]
 
     def for_inference(self) -> JumpReLU:
-        jump_relu = JumpReLU()
-        jump_relu.bind(self.n_latents)
-        with torch.no_grad():
-            jump_relu.threshold.copy_(self.threshold.expand(self.n_latents))
-        return jump_relu.to(self.threshold.device)
+        return JumpReLU.fixed(self.threshold.expand(self.n_latents))
 
     def config(self) -> dict[str, Any]:
         return {"k": self.k}

@@ -44,6 +44,7 @@ class JumpReLU(Sparsifier):
     """
 
     SHARPNESS: ClassVar[float] = 4.0  # of tanh
+    per_latent: ClassVar[bool] = True
 
     unit: Float[Tensor, ""]  # the root mean square of the pre-activations of a random direction
 
@@ -78,7 +79,12 @@ class JumpReLU(Sparsifier):
         self.threshold: nn.Parameter | None = None  # [n_latents], once bound
         self.register_buffer("unit", torch.ones(()))
 
-    per_latent = True
+    @classmethod
+    def fixed(cls, thresholds: Float[Tensor, " n_latents"]) -> JumpReLU:
+        """Of an inference dictionary: these thresholds, no penalty, pre-activations with their true derivatives."""
+        made = cls(penalty="l0")
+        made.threshold = nn.Parameter(thresholds.detach().clone(), requires_grad=False)
+        return made.to(thresholds.device)
 
     @property
     def thresholds(self) -> Float[Tensor, " n_latents"]:
@@ -138,9 +144,7 @@ class JumpReLU(Sparsifier):
         self.thresholds.mul_(factor)
 
     def for_inference(self) -> JumpReLU:
-        made = JumpReLU()
-        made.threshold = nn.Parameter(self.thresholds.detach().clone(), requires_grad=False)
-        return made.to(made.threshold.device)
+        return JumpReLU.fixed(self.thresholds)
 
     def config(self) -> dict[str, Any]:
         return {
@@ -167,13 +171,15 @@ class _JumpReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         pre_acts, threshold, width = ctx.saved_tensors
-        near = torch.where(_near(pre_acts, threshold, width), grads[0], 0.0)
-        by_threshold = -threshold / width * near.flatten(0, -2).sum(0, dtype=threshold.dtype)
-        by_pre_act = torch.where(pre_acts > threshold, grads[0], 0.0)
-        if ctx.to_inputs:
-            by_pre_act += near.mul_((threshold / width).to(near.dtype))
+        by_threshold, by_pre_act = None, torch.where(pre_acts > threshold, grads[0], 0.0)
+        if ctx.needs_input_grad[1] or ctx.to_inputs:
+            near = torch.where(_near(pre_acts, threshold, width), grads[0], 0.0)
+            total = near.reshape(-1, near.shape[-1]).sum(0, dtype=threshold.dtype)  # [n_latents]
+            by_threshold = -threshold / width * total
+            if ctx.to_inputs:
+                by_pre_act += near.mul_((threshold / width).to(near.dtype))
         return by_pre_act, by_threshold, None, None
 
 

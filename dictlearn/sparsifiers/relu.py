@@ -59,7 +59,8 @@ class ReLU(Sparsifier):
         weights = step.dictionary.decoder_norms() / spread  # [n_latents]
         if self.p_now != self.p_before:
             with torch.no_grad():
-                self.scale *= self._mean(step, weights, self.p_before) / self._mean(step, weights, self.p_now)
+                before, now = (self._mean(step, weights, p) for p in (self.p_before, self.p_now))
+                self.scale *= torch.where((before > 0) & (now > 0), before / now, 1.0)  # none may be active
             self.p_before = self.p_now
         return self.l1 * self.factor * self.scale * self._mean(step, weights, self.p_now)
 
@@ -72,7 +73,7 @@ class ReLU(Sparsifier):
         elif p == 1:
             total = (latents.sum(0, dtype=weights.dtype) * weights).sum()
         else:
-            total = _power(latents * weights.to(latents.dtype), p).sum(dtype=weights.dtype)
+            total = _power(latents * weights, p).sum()
         return total / len(step.x)
 
     def at(self, step: int, n_steps: int) -> None:
@@ -100,4 +101,5 @@ class ReLU(Sparsifier):
 
 
 def _power(values: Tensor, p: float) -> Tensor:
-    return values if p == 1 else (values + SMALLEST).pow(p) - SMALLEST**p
+    """(u + s)^p - s^p with s = SMALLEST, exactly 0 where u is."""
+    return values if p == 1 else SMALLEST**p * (p * (values / SMALLEST).log1p()).expm1()

@@ -10,7 +10,9 @@ from torch import Tensor
 from dictlearn.kernels import (
     backend,
     decode,
+    encode_abs_top_k,
     encode_batch_top_k,
+    encode_group_max,
     encode_top_k,
     native,
     normalise_rows_,
@@ -126,15 +128,25 @@ def kept(latents: SparseLatents) -> Tensor:
     return latents._replace(values=torch.ones_like(latents.values)).to_dense() > 0
 
 
-ENCODE = [(encode_top_k, reference.encode_top_k), (encode_batch_top_k, reference.encode_batch_top_k)]
+ENCODE = [
+    (encode_top_k, reference.encode_top_k),
+    (encode_batch_top_k, reference.encode_batch_top_k),
+    (encode_abs_top_k, reference.encode_abs_top_k),
+    (encode_group_max, reference.encode_group_max),
+]
+WITHOUT_KERNELS = (encode_abs_top_k, encode_group_max)  # in Triton, but those for what is selected
 SIZES = [(33, 7, 29, 1), (33, 7, 29, 4), (5, 3, 29, 29), (30, 65, 330, 4), (12, 16, 1024, 3), (1, 1, 1, 1)]
 
 
 @pytest.mark.parametrize(("encode", "expected"), ENCODE)
 @pytest.mark.parametrize(("n_tokens", "d_in", "n_latents", "k"), SIZES)
 @pytest.mark.parametrize("product", [torch.float32, torch.float16, torch.bfloat16])
-def test_encode_is_the_dense_rule(encode, expected, n_tokens, d_in, n_latents, k, product) -> None:
+def test_encode_is_the_dense_rule(encode, expected, n_tokens, d_in, n_latents, k, product, implementation) -> None:
     """Values and all gradients; a product in 16 bits proposes, float32 decides."""
+    if implementation == "triton" and not ON_GPU and encode in WITHOUT_KERNELS and n_latents > 29:
+        pytest.skip("slow in the interpreter, and without a kernel of its own")
+    if encode is encode_group_max:
+        n_latents += -n_latents % k  # groups of equal size
     inputs = [t.requires_grad_() for t in problem(n_tokens, d_in, n_latents)]
     with torch.autocast(DEVICE, dtype=product, enabled=product != torch.float32):
         latents = encode(*inputs, k)
@@ -160,21 +172,43 @@ def test_encode_of_no_tokens(encode, _, autocast) -> None:
     assert all((grad == 0).all() for grad in torch.autograd.grad(latents.values.sum(), inputs))
 
 
-@pytest.mark.parametrize(("encode", "_"), ENCODE)
+@pytest.mark.parametrize("encode", [encode_top_k, encode_abs_top_k, encode_batch_top_k])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_of_equal_pre_activations_the_first_are_kept(encode, _, autocast, implementation) -> None:
+def test_of_equal_pre_activations_the_first_are_kept(encode, autocast, implementation) -> None:
     """In plain torch, of rows, only where they are not more than the further candidates."""
     by_torch = implementation == "torch" or (implementation == "triton" and not autocast)
-    n_equal = 26 if by_torch and encode is encode_top_k else 200
+    of_rows = encode is not encode_batch_top_k
+    n_equal = 26 if by_torch and of_rows else 200
     W_enc, b_enc = torch.zeros(600, 3, device=DEVICE).T, torch.ones(600, device=DEVICE)
     b_enc[1::3][:n_equal] = 3.0
+    if encode is encode_abs_top_k:
+        b_enc[4::6] *= -1  # signs do not matter
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
         latents = encode(draw(9, 3), W_enc, b_enc, 18)
     found = kept(latents).nonzero()
-    if encode is encode_top_k:
+    if of_rows:
         assert torch.equal(found[:, 1].view(9, 18), torch.arange(1, 54, 3, device=DEVICE).expand(9, -1))
     else:  # the first token has more of them than all tokens want
         assert torch.equal(found[:, 1], torch.arange(1, 3 * 162, 3, device=DEVICE))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_of_equal_pre_activations_the_first_of_each_group_is_kept(autocast) -> None:
+    W_enc, b_enc = torch.zeros(600, 3, device=DEVICE).T, torch.ones(600, device=DEVICE)
+    b_enc.view(6, 100)[:, 7:] = 3.0
+    b_enc.view(6, 100)[2] = -1.0  # relu makes a stored zero of it
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        latents = encode_group_max(draw(9, 3), W_enc, b_enc, 6)
+    first = torch.tensor([7, 107, 200, 307, 407, 507], device=DEVICE)
+    assert torch.equal(latents.indices.view(9, 6), first.expand(9, -1))
+    assert latents.values.view(9, 6)[0].tolist() == [3.0, 3.0, 0.0, 3.0, 3.0, 3.0]
+
+
+def test_the_largest_by_size_keep_their_signs() -> None:
+    W_enc, b_enc = torch.zeros(5, 3, device=DEVICE).T, torch.tensor([2.0, -5.0, 1.0, -3.0, 4.0], device=DEVICE)
+    latents = encode_abs_top_k(draw(2, 3), W_enc, b_enc, 3)
+    assert latents.indices.tolist() == [1, 3, 4] * 2
+    assert latents.values.tolist() == [-5.0, -3.0, 4.0] * 2
 
 
 def test_a_latent_that_fires_on_every_token() -> None:
@@ -191,10 +225,10 @@ def test_a_latent_that_fires_on_every_token() -> None:
         assert_close(got, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k])
+@pytest.mark.parametrize(("encode", "_"), ENCODE)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_latent_that_is_not_a_number_is_seen(encode, autocast: bool, sign: int) -> None:
+def test_a_latent_that_is_not_a_number_is_seen(encode, _, autocast: bool, sign: int) -> None:
     """It is kept, so that the loss is not finite either; the other tokens' latents are as many as ever."""
     x, W_enc, b_enc = problem(20, 8, 600)
     b_enc[17] = sign * torch.nan
@@ -205,18 +239,19 @@ def test_a_latent_that_is_not_a_number_is_seen(encode, autocast: bool, sign: int
     assert (latents.indices == 17).sum() == 20
 
 
+@pytest.mark.parametrize(("encode", "_"), ENCODE)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_inputs_in_any_layout(autocast: bool) -> None:
+def test_inputs_in_any_layout(encode, _, autocast: bool) -> None:
     x, W_enc, b_enc = problem(20, 8, 600)
     strided = [x.repeat(1, 2)[:, ::1][:, :8], W_enc.contiguous(), b_enc.repeat_interleave(2)[::2]]
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
-        expected, found = encode_top_k(x, W_enc, b_enc, 4), encode_top_k(*strided, 4)  # type: ignore[call-arg]
+        expected, found = encode(x, W_enc, b_enc, 4), encode(*strided, 4)  # type: ignore[call-arg]
     assert torch.equal(found.indices, expected.indices)
     assert_close(found.values, expected.values)
 
 
-@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k])
-def test_second_derivatives_are_refused(encode) -> None:
+@pytest.mark.parametrize(("encode", "_"), ENCODE)
+def test_second_derivatives_are_refused(encode, _) -> None:
     inputs = [t.requires_grad_() for t in problem(5, 4, 30)]
     rows = draw(30, 3).requires_grad_()
     loss = decode(encode(*inputs, 2), rows).square().sum()
@@ -225,11 +260,17 @@ def test_second_derivatives_are_refused(encode) -> None:
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k])
+@pytest.mark.parametrize("encode", [encode_top_k, encode_batch_top_k, encode_abs_top_k])
 @pytest.mark.parametrize("k", [0, 31])
 def test_a_k_that_cannot_be_is_an_error(encode, k: int) -> None:
     with pytest.raises(ValueError, match=f"k must be from 1 to n_latents = 30, got {k}"):
         encode(*problem(5, 4, 30), k)
+
+
+@pytest.mark.parametrize("k", [0, -2, 4, 31, 60])
+def test_groups_are_of_equal_size(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k must divide n_latents = 30, got {k}"):
+        encode_group_max(*problem(5, 4, 30), k)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("d", [1, 7, 300])

@@ -1,5 +1,6 @@
 """Compact operations against dense ones in float64, gradients included."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.kernels import backend, decode, encode_top_k
+from dictlearn.kernels import backend, decode, encode_abs_top_k, encode_group_max, encode_top_k
 from dictlearn.kernels import encode as encode_module
 from dictlearn.losses.aux_k import AuxK
 from dictlearn.sparsifiers.top_k import TopK
@@ -88,6 +89,7 @@ def random_weights() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2_500, 64), torch.randn(1024, 64).T / 8, torch.randn(1024)
 
 
+@cache
 def trained_weights() -> tuple[Tensor, Tensor, Tensor]:
     """Of an autoencoder that has learned sparse data, with one dimension that is far larger than the others."""
     d, n_latents = 64, 512
@@ -115,17 +117,32 @@ def trained_weights() -> tuple[Tensor, Tensor, Tensor]:
     return draw(2_500), sae.W_enc.detach(), sae.b_enc.detach()
 
 
+def largest_of_groups(pre_acts: Tensor, k: int) -> Tensor:
+    per_group = pre_acts.shape[-1] // k
+    return pre_acts.unflatten(-1, (k, -1)).argmax(-1) + per_group * torch.arange(k)
+
+
+BFLOAT16_ALONE = {
+    encode_top_k: lambda pre_acts, k: pre_acts.topk(k).indices.sort(-1).values,
+    encode_abs_top_k: lambda pre_acts, k: pre_acts.abs().topk(k).indices.sort(-1).values,
+    encode_group_max: largest_of_groups,
+}
+
+
+@pytest.mark.parametrize("encode", BFLOAT16_ALONE)
 @pytest.mark.parametrize("weights", [random_weights, trained_weights])
 @pytest.mark.parametrize("native", [True, False])
-def test_autocast_proposes_and_float32_decides(weights, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_proposes_and_float32_decides(
+    encode, weights, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not native:
         monkeypatch.setattr(backend, "use_native", lambda *_, **__: False)
     x, W_enc, b_enc = weights()
     n_tokens, k = len(x), 16
-    exact = encode_top_k(x, W_enc, b_enc, k)
+    exact = encode(x, W_enc, b_enc, k)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fast = encode_top_k(x, W_enc, b_enc, k)
-        plain = (x @ W_enc + b_enc).topk(k).indices.sort(-1).values  # bfloat16 alone
+        fast = encode(x, W_enc, b_enc, k)
+        plain = BFLOAT16_ALONE[encode](x @ W_enc + b_enc, k)
     sets = exact.indices.view(n_tokens, k)
     assert fast.values.dtype == torch.float32
     same = (fast.indices.view(n_tokens, k) == sets).all(-1)
