@@ -50,6 +50,9 @@ class AbsTopK(Sparsifier):
         _, indices = top_columns(pre_acts.detach().abs(), self.k)
         return Encoded(in_rows(pre_acts.gather(-1, indices), indices, pre_acts.shape[-1]))
 
+    def widened(self, factor: int) -> AbsTopK:
+        return AbsTopK(factor * self.k)
+
     def bind(self, n_latents: int) -> None:
         if self.k > n_latents:
             raise DictlearnError(f"sparsifier.k must be at most n_latents = {n_latents}, got {self.k}.")

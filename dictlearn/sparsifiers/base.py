@@ -67,6 +67,10 @@ class Sparsifier(nn.Module, ABC):
         """The sparsity loss, coefficient included; None where the selection itself is sparse."""
         return None
 
+    def widened(self, factor: int) -> Sparsifier | None:  # noqa: ARG002
+        """One that keeps `factor` times as many latents of each token; None where that number is not fixed."""
+        return None
+
     def at(self, step: int, n_steps: int) -> None:
         """Called before the training step `step`, from 0, of `n_steps`: schedules move. Before, they are at their
         ends.

@@ -65,6 +65,9 @@ class TopK(Sparsifier):
             if k > n_latents:
                 raise DictlearnError(f"sparsifier.{name} must be at most n_latents = {n_latents}, got {k}.")
 
+    def widened(self, factor: int) -> TopK:
+        return TopK(factor * self.k)
+
     def for_inference(self) -> TopK:
         return TopK(self.k)
 

@@ -18,7 +18,7 @@ from dictlearn.lm import CleanRun
 from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
 from dictlearn.training.subspace import Size, subspaces
-from dictlearn.training.terms import LossTerm, micro_batch_problem
+from dictlearn.training.terms import LossTerm, check_terms, micro_batch_problem
 from dictlearn.types import DictlearnError, Scalar, Step
 
 
@@ -49,6 +49,7 @@ class Learner(nn.Module):
         self.revives_dead = any(getattr(term, "revives_dead", False) for term in self.terms.values())
         self.recon_coefficient = math.prod(getattr(t, "recon_coefficient", 1.0) for t in self.terms.values())
         self.clip_norm = clip_norm
+        check_terms(terms, dictionary)
         if problem := micro_batch_problem(terms, micro_batch_size):
             raise DictlearnError(f"{problem}.")
         if micro_batch_size is not None and not dictionary.per_token:

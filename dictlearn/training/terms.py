@@ -7,6 +7,7 @@ from typing import Protocol, cast, runtime_checkable
 
 from transformers import PreTrainedModel
 
+from dictlearn.dictionaries import Dictionary
 from dictlearn.types import Scalar, Site, Step
 
 
@@ -17,7 +18,8 @@ class LossTerm(Protocol):
     It is a mean over the tokens of the step, without other denominators of the batch, so that chunks of a batch add
     up. A term with a true attribute `revives_dead` gets `step.dead_rows` to learn through, and in a chunk
     `step.residual_variance`. One with a true `needs_lm` is an `LMTerm`. An attribute `recon_coefficient` multiplies
-    the loss that the dictionary calls recon.
+    the loss that the dictionary calls recon. One with a method `check` gets the dictionary before training, perhaps
+    on the meta device, and raises DictlearnError where it cannot work with it.
     """
 
     def __call__(self, step: Step) -> Scalar | None: ...
@@ -38,6 +40,13 @@ class LMTerm(LossTerm, Protocol):
         the variance of its raw activations. Raises DictlearnError where it cannot work with these.
         """
         ...
+
+
+def check_terms(terms: Mapping[str, LossTerm], dictionary: Dictionary) -> None:
+    """Raise DictlearnError where a term cannot work with a dictionary."""
+    for term in terms.values():
+        if (check := getattr(term, "check", None)) is not None:
+            check(dictionary)
 
 
 def lm_terms(terms: Mapping[str, LossTerm]) -> dict[str, LMTerm]:

@@ -1,0 +1,57 @@
+"""Multi-TopK: the reconstruction from more latents than k shall be good too (Gao et al. 2024, arXiv 2406.04093)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from dictlearn.checks import check_count, check_number
+from dictlearn.kernels import decode
+from dictlearn.losses.recon import recon_loss
+from dictlearn.types import DictlearnError, Scalar, Step
+
+if TYPE_CHECKING:
+    from dictlearn.dictionaries.base import Dictionary
+    from dictlearn.dictionaries.linear import Linear
+
+
+class MultiTopK:
+    """`coefficient` times the FVU of the reconstruction from the `factor` * k largest pre-activations of a token.
+
+    Trained at one k alone, a dictionary is bad at larger ones; with this term it is good up to `factor` * k, at a
+    little loss at k. While k is annealed, the term has the k of the end.
+
+    Cost: a second encoder product and selection, and a decode of `factor` * k latents: about as much as all the
+    rest of a TopK step.
+
+    Raises DictlearnError for values that are no weight and no count.
+    """
+
+    def __init__(self, coefficient: float = 1 / 8, factor: int = 4) -> None:
+        check_number("multi_top_k.coefficient", coefficient)
+        check_count("multi_top_k.factor", factor, least=2)
+        self.coefficient, self.factor = coefficient, factor
+
+    def check(self, dictionary: Dictionary) -> None:
+        """Raise DictlearnError where the term cannot work with a dictionary."""
+        sparsifier, n_latents = dictionary.sparsifier, dictionary.n_latents
+        if not dictionary.linear_encoder:
+            raise DictlearnError(
+                f"objective.multi_top_k needs one linear encoder, which {type(dictionary).__name__} does not have."
+            )
+        if (wider := sparsifier.widened(self.factor)) is None:
+            raise DictlearnError(
+                "objective.multi_top_k needs a sparsifier with as many latents for every token, top_k or "
+                f"abs_top_k, got {type(sparsifier).__name__}."
+            )
+        if (k := wider.config()["k"]) > n_latents:
+            raise DictlearnError(
+                f"objective.multi_top_k.factor x sparsifier.k must be at most n_latents = {n_latents}, got {k}."
+            )
+
+    def __call__(self, step: Step) -> Scalar:
+        dictionary = cast("Linear", step.dictionary)
+        wider = dictionary.sparsifier.widened(self.factor)
+        assert wider is not None
+        latents, _ = wider.encode_step(step.x, dictionary.flat_W_enc, dictionary.b_enc)
+        recon = decode(latents, dictionary.flat_W_dec) + dictionary.offset(step.x)
+        return self.coefficient * recon_loss(step, step.target - recon)
