@@ -29,7 +29,7 @@ from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary, starting_dictionaries
 from dictlearn.training.plan import lm_dtype
 from dictlearn.training.points import Entry, entries, nodes, points, sites_of
-from dictlearn.training.terms import LossTerm, lm_terms, micro_batch_problem
+from dictlearn.training.terms import LossTerm, check_terms, lm_terms, micro_batch_problem
 
 PARTS = ("objective", "optimizer", "schedule")
 TRAINER_KEYS = ("_target_", "accelerator", "devices", "precision", "deterministic")
@@ -144,6 +144,8 @@ def _check_dictionary(
         collect(found, lambda: build(entry.config.module.sparsifier))
         return
     dictionary = collect(found, lambda: build_dictionary(entry, d_in, d_out, "meta"))
+    if dictionary is not None:
+        collect(found, lambda: check_terms(build(entry.config.objective), dictionary))
     start = starts.get(entry.name)
     if dictionary is not None and start is not None:
         collect(found, lambda: dictionary.start_from_(start))
