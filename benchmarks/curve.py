@@ -2,8 +2,9 @@
 
 Two sparse autoencoders start from the same weights and see the same batches of a residual stream of the embedded
 LM: ours, with bfloat16 products, compact latents and fused steps, and one written out in dense float32 torch, from
-Gao et al. 2024 (TopK, AuxK, unit decoder rows, clipping, Adam). Prints the mean loss in each tenth of the run and
-writes benchmarks/results/curve.json.
+Gao et al. 2024 (TopK, AuxK, unit decoder rows, clipping, Adam). Prints the mean reconstruction loss in each tenth
+of the run, and the mean number of dead latents, to which the auxiliary term is proportional: one more or less is a
+matter of chance. Writes benchmarks/results/curve.json.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from dictlearn.data import ActivationData, Batch, EmbeddedText
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.lm import load_lm, resolve
 from dictlearn.losses.aux_k import AuxK
+from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.learner import Learner, prepare
 from dictlearn.training.optimizers import Adam, build_optimizer
 from dictlearn.training.schedules import WarmupDecay
+from dictlearn.types import Step
 
 WINDOW = 50  # steps after which latents are judged anew; one that fired in it counts as alive at its end
 EPS = 6.25e-10
@@ -41,12 +44,13 @@ class Dense:
         self.optimizer = torch.optim.Adam(self.p.values(), lr=lr, eps=EPS)
         self.lr, self.n_steps = lr, 0
 
-    def step(self, x: Tensor, factor: float) -> Tensor:
+    def step(self, x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """The reconstruction loss before the step, and how many latents count as dead."""
         p = self.p
         pre_acts = x @ p["W_enc"] + p["b_enc"]
         latents = _top_k(pre_acts, self.k)
         recon = latents @ p["W_dec"] + p["b_dec"]
-        loss = (x - recon).square().sum(-1).mean() / self.variance
+        loss = reconstruction = (x - recon).square().sum(-1).mean() / self.variance
         if self.n_steps % WINDOW == 0:
             self.since_fired = torch.where(self.fired, 0, self.since_fired + self.n_tokens)
             self.dead = self.since_fired >= self.dead_after
@@ -70,7 +74,18 @@ class Dense:
         self.fired |= (latents > 0).any(0)
         self.n_tokens += len(x)
         self.n_steps += 1
-        return loss.detach()
+        return reconstruction.detach(), self.dead.sum()
+
+
+class Probe:
+    """A loss term that adds nothing and keeps what the reference returns, of every step."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, step: Step) -> None:
+        n_dead = 0 if step.dead is None else len(step.dead)
+        self.found.append((recon_loss(step).detach(), torch.tensor(n_dead)))
 
 
 def _top_k(pre_acts: Tensor, k: int) -> Tensor:
@@ -79,7 +94,7 @@ def _top_k(pre_acts: Tensor, k: int) -> Tensor:
 
 
 def curves(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The losses of all steps: ours, and the reference's."""
+    """Of all steps, the loss and the number of dead latents [n_steps, 2]: ours, and the reference's."""
     lm = load_lm("embedded")
     site = resolve(lm.model, arguments.site)
     data = ActivationData(EmbeddedText(seed=1), lm, [site], arguments.batch_size, arguments.n_tokens, seed=0)
@@ -93,10 +108,12 @@ def curves(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
     start = {name: getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     adam = Adam(lr=None, lr_factor=arguments.lr_factor, betas=(0.9, 0.999), eps=EPS, clip_norm=1.0)
     reference = Dense(start, arguments.k, float(variance), dead_after, adam.peak_lr(sae))
-    learner = Learner(site.name, sae, {"aux_k": AuxK()}, variance, dead_after, clip_norm=1.0)
+    probe = Probe()
+    terms = {"aux_k": AuxK(), "probe": probe}
+    learner = Learner(site.name, sae, terms, variance, dead_after, clip_norm=1.0)
     optimizer = build_optimizer([(sae, adam)])
     stream = data.train_dataloader()
-    schedule, ours, theirs = WarmupDecay(1000, 0.2), [], []
+    schedule, theirs = WarmupDecay(1000, 0.2), []
     for step, batch in enumerate(stream):
         assert isinstance(batch, Batch)
         factor = schedule.factor(step, len(stream))
@@ -110,9 +127,8 @@ def curves(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         sae.project_()
-        ours.append(loss.detach())
         theirs.append(reference.step(batch.acts[site.name] * sae.read_scale, factor))
-    return torch.stack(ours), torch.stack(theirs)
+    return torch.tensor(probe.found), torch.tensor(theirs)
 
 
 def main() -> None:
@@ -124,10 +140,10 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--lr-factor", type=float, default=3.0)
     arguments = parser.parse_args()
-    tenths = [[float(part.mean()) for part in losses.tensor_split(10)] for losses in curves(arguments)]
-    print("tenth      ours   dense float32   difference")
-    for i, (ours, dense) in enumerate(zip(*tenths, strict=True), 1):
-        print(f"{i:5} {ours:9.5f} {dense:15.5f} {ours / dense - 1:12.2%}")
+    tenths = [[part.mean(0).tolist() for part in steps.tensor_split(10)] for steps in curves(arguments)]
+    print("tenth      ours   dense float32   difference   dead, ours   dead, dense")
+    for i, ((ours, our_dead), (dense, dead)) in enumerate(zip(*tenths, strict=True), 1):
+        print(f"{i:5} {ours:9.5f} {dense:15.5f} {ours / dense - 1:12.2%} {our_dead:12.1f} {dead:13.1f}")
     out = Path(__file__).parent / "results" / "curve.json"
     result = {"hardware": hardware(), "arguments": vars(arguments), "ours": tenths[0], "dense_float32": tenths[1]}
     out.write_text(json.dumps(result, indent=1) + "\n")
