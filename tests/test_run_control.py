@@ -175,7 +175,7 @@ def test_a_changed_configuration_file_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("schedule.decay=0.5", "schedule.decay = 0.2, not 0.5"),
+        ("schedule.decay=0.5", "schedule.decay = None, not 0.5"),
         ("site=resid_post.2", "site = 'resid_post.1', not 'resid_post.2'"),
         ("data.ctx=64", "data.ctx = 128, not 64"),
         ("lm=embedded", "lm.name = .*not 'embedded'"),

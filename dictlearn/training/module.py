@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from dictlearn.data import Batch, Sequences
 from dictlearn.lm import LM, CleanRun
 from dictlearn.training.learner import Learner
-from dictlearn.training.optimizers import Adam, build_optimizer
-from dictlearn.training.schedules import WarmupDecay
+from dictlearn.training.optimizers import OptimizerSettings, RunOptimizer, average_, build_optimizer
+from dictlearn.training.schedules import Schedule
 from dictlearn.training.statistics import WindowMetrics
 from dictlearn.types import DictlearnError
 
@@ -28,11 +28,12 @@ class Diverged(DictlearnError):
 
 
 class Member(NamedTuple):
-    """A dictionary in training, with its own optimizer settings and schedule."""
+    """A dictionary in training, with its own optimizer settings and schedule; `seed` is that of what it samples."""
 
     learner: Learner
-    optimizer: Adam
-    schedule: WarmupDecay
+    optimizer: OptimizerSettings
+    schedule: Schedule
+    seed: int = 0
 
 
 class DictionaryTraining(L.LightningModule):
@@ -65,7 +66,8 @@ class DictionaryTraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer([(m.learner.dictionary, m.optimizer) for m in self.members])
-        factors = [lambda step, m=m: m.schedule.factor(step, self.n_steps) for m in self.members]
+        members = [self.members[group["member"]] for group in optimizer.param_groups]
+        factors = [lambda step, m=m: m.schedule.factor(step, self.n_steps) for m in members]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
@@ -94,9 +96,20 @@ class DictionaryTraining(L.LightningModule):
         if self.global_step == self.n_steps:  # the last window, in time for the callbacks' on_train_end
             self._flush(self.global_step)  # a run that was stopped goes on in its window
 
+    def on_fit_end(self) -> None:
+        for member in self.members:
+            average_(self._optimizer, member.learner.dictionary)
+
+    @property
+    def _optimizer(self) -> RunOptimizer:
+        return cast(RunOptimizer, self.trainer.optimizers[0])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What is not finite never replaces a checkpoint: the one before is deleted after this one."""
-        optimizer = self.trainer.optimizers[0]
+        """What is not finite never replaces a checkpoint: the one before is deleted after this one.
+
+        The weights in it are those to evaluate; of averages, `trained_weights` are what the run goes on from.
+        """
+        optimizer = self._optimizer
         bad = []
         for member in self.members:
             learner = member.learner
@@ -107,9 +120,23 @@ class DictionaryTraining(L.LightningModule):
         if bad:
             raise self._diverged(", ".join(bad), self.global_step)
         checkpoint["seconds"] = self._seconds_so_far()
+        checkpoint["trained_weights"] = self._average(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seconds = checkpoint["seconds"]
+        checkpoint["state_dict"].update(checkpoint["trained_weights"])
+
+    @torch.no_grad()
+    def _average(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put averages into `state` in place of weights; returns the weights that have them."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        replaced = {}
+        for member in self.members:
+            for parameter, trained in average_(self._optimizer, member.learner.dictionary).items():
+                state[names[parameter]] = parameter.detach().clone()
+                replaced[names[parameter]] = trained
+                parameter.copy_(trained)
+        return replaced
 
     def _seconds_so_far(self) -> float:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)

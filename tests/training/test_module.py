@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dictlearn.training.callbacks import Environment, LastCheckpoint, RandomState, periodic_checkpoint
 from dictlearn.training.module import DictionaryTraining, Member
-from dictlearn.training.optimizers import InMemoryOrder
+from dictlearn.training.optimizers.adam import InMemoryOrder
 from dictlearn.types import DictlearnError
 from tests.training.planted import D, PlantedStream, member
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dictlearn.training.schedules import WarmupDecay
+from dictlearn.training.schedules import WarmupDecay, settled
 from dictlearn.types import DictlearnError
 
 
@@ -28,5 +28,10 @@ def test_the_shortest_runs_learn(n_steps: int) -> None:
 
 
 def test_wrong_values_are_refused() -> None:
-    with pytest.raises(DictlearnError, match=r"schedule.decay must be a number in \[0, 1\], got 1.2"):
+    with pytest.raises(DictlearnError, match=r"schedule.decay must be null or a number in \[0, 1\], got 1.2"):
         WarmupDecay(5, 1.2)
+
+
+def test_a_decay_that_is_left_open_is_the_optimizer_s() -> None:
+    assert settled(WarmupDecay(10, None), 0.3) == WarmupDecay(10, 0.3)
+    assert settled(WarmupDecay(10, 0.0), 0.3) == WarmupDecay(10, 0.0)

@@ -64,7 +64,10 @@ class Muon(OptimizerSettings):
         matrices = {p: views[name] for name, p in dictionary.named_parameters() if name in views}
         settings = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
         return [
-            (MatrixMuon, {"params": list(matrices), "views": list(matrices.values()), **settings}),
+            (
+                MatrixMuon,
+                {"params": list(matrices), "views": [tuple(view) for view in matrices.values()], **settings},
+            ),
             self.rest.group(dictionary, [p for p in dictionary.parameters() if p not in matrices]),
         ]
 
@@ -93,7 +96,7 @@ def _matrices(dictionary: Dictionary) -> dict[str, View]:
 
 
 class MatrixMuon(RunOptimizer, TorchMuon):
-    """Torch's Muon on parameters seen as matrices, a `View` of each in the group; updates as large as Adam's."""
+    """Torch's Muon on parameters seen as matrices, by a `View` of each in the group; updates of Adam's size."""
 
     def __init__(self, groups: list[Group]) -> None:
         defaults = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw", **NEWTON_SCHULZ}
