@@ -45,14 +45,14 @@ def build_members(
     width = widths(lm.model, sites_of(found))
     members = []
     for entry in found:
-        dictionary = build_dictionary(entry, width[entry.read.name], width[entry.write.name])
+        dictionary = build_dictionary(entry, width)
         generator = torch.Generator().manual_seed(_seed(cfg.seed, entry.base))
         start, sizes = starts.get(entry.name), sizes_of(entry, lm.model)
         variance = prepare(dictionary, statistics, entry.config.normalise, generator, start, sizes)
         optimizer, terms = build(entry.config.optimizer), build(entry.config.objective)
         for term in lm_terms(terms).values():
-            later = reached(lm.model, [entry.write], term.sites(lm.model))
-            term.bind([entry.write], {site: statistics[site.name].variance for site in later})
+            later = reached(lm.model, entry.writes, term.sites(lm.model))
+            term.bind(entry.writes, {site: statistics[site.name].variance for site in later})
         dead_after_tokens = dead_after(entry.config.dead_after_tokens, cfg.n_tokens)
         learner = Learner(
             entry.name,
@@ -73,14 +73,14 @@ def captured_sites(found: Sequence[Entry], model: PreTrainedModel) -> list[Site]
         site
         for entry in found
         for term in lm_terms(build(entry.config.objective)).values()
-        for site in reached(model, [entry.write], term.sites(model))
+        for site in reached(model, entry.writes, term.sites(model))
     ]
     return list(dict.fromkeys([*sites_of(found), *later]))
 
 
 def sizes_of(entry: Entry, model: PreTrainedModel) -> dict[str, Size]:
     """Of the subspaces that the entry's random directions are drawn in, by read site."""
-    return subspace_sizes(entry.config.init_subspace, [entry.read], model)
+    return subspace_sizes(entry.config.init_subspace, entry.reads, model)
 
 
 def starting_dictionaries(init_from: Any, found: Sequence[Entry]) -> dict[str, Dictionary]:
@@ -110,28 +110,40 @@ def starting_dictionaries(init_from: Any, found: Sequence[Entry]) -> dict[str, D
     return starts
 
 
-def build_dictionary(entry: Entry, d_in: int, d_out: int, device: str = "cpu") -> Dictionary:
-    """The dictionary of an entry, with empty weights."""
-    if entry.config.normalise == "layer_norm" and entry.read.name != entry.write.name:
+def build_dictionary(entry: Entry, width: Mapping[str, int], device: str = "cpu") -> Dictionary:
+    """The dictionary of an entry, with empty weights; `width` of its sites by name."""
+    reads, writes = tuple(site.name for site in entry.reads), tuple(site.name for site in entry.writes)
+    if entry.config.normalise == "layer_norm" and (len(reads) > 1 or reads != writes):
         raise ConfigError(
             [
                 "normalise=layer_norm needs a dictionary that reads and writes one site, not "
-                f"{entry.read.name} and {entry.write.name}: use mean_norm or none there, which "
+                f"{' and '.join(dict.fromkeys((*reads, *writes)))}: use mean_norm or none there, which "
                 "dictionaries.NAME.set={normalise:mean_norm} does for one dictionary alone"
             ]
         )
+    d_in, d_out = _common(width, reads), _common(width, writes)
     if is_count(dimensions := entry.config.init_subspace, d_in + 1):
-        name = entry.read.name
-        raise ConfigError([f"init_subspace must be at most the width of {name}, {d_in}, got {dimensions}"])
+        names = ", ".join(reads)
+        raise ConfigError([f"init_subspace must be at most the width of {names}, {d_in}, got {dimensions}"])
     with torch.device(device):
-        return build(entry.config.module)(
+        module = build(entry.config.module)
+        n_codes = len(reads) if getattr(getattr(module, "func", None), "latents_per_read", False) else 1
+        return module(
             d_in=d_in,
             d_out=d_out,
-            n_latents=entry.config.expansion * d_in,
-            reads=(entry.read.name,),
-            writes=(entry.write.name,),
+            n_latents=entry.config.expansion * d_in * n_codes,
+            reads=reads,
+            writes=writes,
             input_norm="layer_norm" if entry.config.normalise == "layer_norm" else "none",
         )
+
+
+def _common(width: Mapping[str, int], sites: Sequence[str]) -> int:
+    """The width that all `sites` have. Raises ConfigError where they differ."""
+    if len({width[site] for site in sites}) > 1:
+        listed = ", ".join(f"{site} ({width[site]})" for site in sites)
+        raise ConfigError([f"the sites of one dictionary must be equally wide, got {listed}"])
+    return width[sites[0]]
 
 
 def _seed(seed: int, name: str) -> int:

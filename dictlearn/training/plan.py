@@ -57,7 +57,7 @@ def plan(cfg: DictConfig) -> Plan:
     n_bytes = BYTES[lm_dtype(cfg)]
     reads = reads_store(text)
     width = sum(_width(model, site) for site in sites_of(found))
-    dictionaries = [build_dictionary(entry, *_widths(model, entry), "meta") for entry in found]
+    dictionaries = [build_dictionary(entry, _widths(model, entry), "meta") for entry in found]
     rows = max(1, cfg.batch_size // text.ctx)  # of a batch of sequences
     per_batch = cfg.batch_size if cfg.stream == "shuffled" else rows * (text.ctx - 1)
     n_steps = math.ceil(cfg.n_tokens / per_batch)
@@ -120,8 +120,8 @@ def lm_dtype(cfg: DictConfig) -> str:
     return cfg.lm.dtype or ("bfloat16" if cfg.trainer.accelerator == "gpu" else "float32")
 
 
-def _widths(model: PreTrainedModel, entry: Entry) -> tuple[int, int]:
-    return _width(model, entry.read), _width(model, entry.write)
+def _widths(model: PreTrainedModel, entry: Entry) -> dict[str, int]:
+    return {site.name: _width(model, site) for site in sites_of([entry])}
 
 
 def _width(model: PreTrainedModel, site: Site) -> int:

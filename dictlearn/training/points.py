@@ -5,15 +5,19 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from dictlearn.config import ConfigError, plain, values_at
+from dictlearn.config import ConfigError, collect, plain, values_at
 from dictlearn.lm import file_name, resolve_pair
 from dictlearn.lm.sites import FAMILIES, KINDS
 from dictlearn.types import DictlearnError, Site
+
+LONGEST_NAME = 120  # of several sites; longer ones end in a hash
 
 OF_ONE_DICTIONARY = (  # what the points of a grid, and the `set` of a dictionary, may change
     "dictionaries",
@@ -52,15 +56,21 @@ class Entry(NamedTuple):
     """One dictionary of a run.
 
     `name` is its folder; `base` the name without the point's values, so that a point starts from the same weights
-    as the run that has its values alone. `values` are those of the grid point.
+    as the run that has its values alone. `values` are those of the grid point. Of several sites, those at the same
+    place in `reads` and `writes` belong together; they are in the order of the model's modules.
     """
 
     name: str
     base: str
     config: DictConfig
-    read: Site
-    write: Site
+    reads: tuple[Site, ...]
+    writes: tuple[Site, ...]
     values: dict[str, Any]
+
+    @property
+    def site(self) -> str:
+        """Where it writes, several sites joined by "+"."""
+        return "+".join(site.name for site in self.writes)
 
 
 def points(cfg: DictConfig) -> list[Point]:
@@ -145,17 +155,17 @@ def nodes(cfg: DictConfig) -> dict[str, DictConfig]:
 
 
 def entries(cfg: DictConfig, model: PreTrainedModel) -> list[Entry]:
-    """The run's dictionaries, each named by its write site, its key where two write the same, and its point.
+    """The run's dictionaries, each named by its write sites, its key where two write the same, and its point.
 
     Raises ConfigError with all problems of their sites.
     """
     found: list[Entry] = []
     for point in points(cfg):
         sited = _sited(nodes(point.config), cfg.sites, model)
-        writes = [file_name(write.name) for *_, write in sited]
-        for (key, node, read, write), site in zip(sited, writes, strict=True):
-            base = site if writes.count(site) == 1 else file_name(f"{site}_{key}")
-            found.append(Entry(base + _suffix(point.values), base, node, read, write, point.values))
+        names = [name_of([write.name for write in writes]) for *_, writes in sited]
+        for (key, node, reads, writes), site in zip(sited, names, strict=True):
+            base = site if names.count(site) == 1 else file_name(f"{site}_{key}")
+            found.append(Entry(base + _suffix(point.values), base, node, reads, writes, point.values))
     names = [entry.name for entry in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError([f"Two dictionaries of the run would have the same name: {', '.join(twice)}"])
@@ -164,72 +174,101 @@ def entries(cfg: DictConfig, model: PreTrainedModel) -> list[Entry]:
 
 def _sited(
     found: Mapping[str, DictConfig], sites: Any, model: PreTrainedModel
-) -> list[tuple[str, DictConfig, Site, Site]]:
-    """Key, settings, read and write site of every dictionary."""
+) -> list[tuple[str, DictConfig, tuple[Site, ...], tuple[Site, ...]]]:
+    """Key, settings, read and write sites of every dictionary."""
     placed = []
     problems: list[str] = []
     for key, node in found.items():
-        try:
-            names = [node.site] if sites is None else expand_sites(sites, model)
-        except DictlearnError as error:
-            problems.append(str(error))
-            continue
-        for name in names:
+        groups = collect(problems, lambda k=key, n=node: _site_groups(k, n, sites, model)) or []
+        for names in groups:
             try:
-                read, write = _site_pair(model, key, name, node.transcodes)
+                pairs = [_site_pair(model, key, name, node) for name in names]
             except DictlearnError as error:
                 problems.append(str(error))
                 continue
-            own = OmegaConf.merge(node, {"site": name})
+            order = {path: place for place, (path, _) in enumerate(model.named_modules())}
+            pairs.sort(key=lambda pair: (order[pair[0].module], pair[0].io == "out"))
+            own = OmegaConf.merge(node, {"site": names if takes_several(node) else names[0]})
             assert isinstance(own, DictConfig)
-            placed.append((key, own, read, write))
+            placed.append((key, own, tuple(read for read, _ in pairs), tuple(write for _, write in pairs)))
     if problems:
         raise ConfigError(problems)
     return placed
 
 
-def _site_pair(model: PreTrainedModel, key: str, name: Any, transcodes: bool) -> tuple[Site, Site]:
-    if not isinstance(name, str):
+def takes_several(node: DictConfig) -> bool:
+    """Whether the architecture of a dictionary reads and writes lists of sites."""
+    try:
+        return bool(getattr(get_class(str(OmegaConf.select(node, "module._target_"))), "site_axis", False))
+    except (ImportError, ValueError):
+        return False  # said where it is built
+
+
+def _site_groups(key: str, node: DictConfig, sites: Any, model: PreTrainedModel) -> list[list[str]]:
+    """The site names of every dictionary of a node. Raises DictlearnError."""
+    site = plain(node.site)
+    if site is None and sites is None:
         raise DictlearnError(
-            "site is required: give site=..., such as resid_post.2, or mlp.2 for a transcoder"
-            if name is None
-            else f"dictionaries.{key}: site must be a name such as resid_post.2, got {name!r}"
+            "site is required: give site=..., such as resid_post.2, mlp.2 for a transcoder, or 'resid_post.*' for "
+            "a dictionary over several sites"
         )
+    if not takes_several(node):
+        if sites is None and (not isinstance(site, str) or _is_glob(site)):
+            raise DictlearnError(
+                f"dictionaries.{key}: site must be a name such as resid_post.2, got {site!r}: sites=... trains a "
+                "dictionary at each of several sites, dictionary=crosscoder or cross_layer one over all of them"
+            )
+        return [[name] for name in ([str(site)] if sites is None else expand_sites(sites, model))]
+    if sites is not None:
+        raise DictlearnError(
+            f"dictionaries.{key} is one dictionary over several sites, and sites={sites!r} asks for one at each: "
+            "give site, a list or a glob such as site='resid_post.*'"
+        )
+    return [expand_sites(site, model, "site")]
+
+
+def _site_pair(model: PreTrainedModel, key: str, name: str, node: DictConfig) -> tuple[Site, Site]:
     read, write = resolve_pair(model, name)
-    if transcodes and read == write:
+    if node.transcodes and read == write:
         raise DictlearnError(
             f"dictionaries.{key}: a transcoder needs a site that reads and writes, such as mlp.2, got {name}"
         )
-    if not transcodes and read != write:
+    if not node.transcodes and read != write:
+        several = takes_several(node)
+        rule = "a crosscoder writes what it reads" if several else "a sparse autoencoder reads and writes one site"
         raise DictlearnError(
-            f"dictionaries.{key}: a sparse autoencoder reads and writes one site, but {name} reads "
-            f"{read.name} and writes {write.name}: use one of them, or dictionary=transcoder"
+            f"dictionaries.{key}: {rule}, but {name} reads {read.name} and writes {write.name}: use one of them, "
+            f"or dictionary={'cross_layer' if several else 'transcoder'}"
         )
     return read, write
 
 
-def expand_sites(sites: Any, model: PreTrainedModel) -> list[str]:
+def expand_sites(sites: Any, model: PreTrainedModel, key: str = "sites") -> list[str]:
     """Site names of a list of names and globs ("resid_post.*", "mlp.[0-5]"), or of one; each once.
 
-    A glob stands for readable names, or for module paths where no readable name matches. Raises DictlearnError
-    where it matches nothing.
+    A glob stands for readable names, or for module paths where no readable name matches. Raises DictlearnError,
+    about the setting `key`, where it matches nothing.
     """
     patterns = [sites] if isinstance(sites, str) else plain(sites)
     if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise DictlearnError(f"sites is a list of site names or a glob, such as 'resid_post.*', got {sites!r}")
+        raise DictlearnError(f"{key} is a list of site names or a glob, such as 'resid_post.*', got {sites!r}")
     names: dict[str, None] = {}
     readable = _readable(model)
     for pattern in patterns:
-        if not any(sign in pattern for sign in "*?["):
+        if not _is_glob(pattern):
             names[pattern] = None
             continue
         paths = [path for path, _ in model.named_modules() if path]
         matches = fnmatch.filter(readable, pattern) or fnmatch.filter(paths, pattern)
         if not matches:
             choices = f"readable names such as {', '.join(readable[:3])}" if readable else "module paths"
-            raise DictlearnError(f"sites: {pattern!r} matches no site of this model, which has {choices}")
+            raise DictlearnError(f"{key}: {pattern!r} matches no site of this model, which has {choices}")
         names |= dict.fromkeys(matches)
     return list(names)
+
+
+def _is_glob(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
 
 
 def _readable(model: PreTrainedModel) -> list[str]:
@@ -249,6 +288,27 @@ def _exists(model: PreTrainedModel, name: str) -> bool:
     except DictlearnError:
         return False
     return True
+
+
+def name_of(writes: Sequence[str]) -> str:
+    """The folder of a dictionary that writes these sites: `resid_post.2`; `resid_post.0-3` for successive layers;
+    else names side by side, `resid_post.0_resid_post.2-3`.
+    """
+    runs: list[tuple[str, int, int]] = []  # kind, first and last layer
+    parts: list[str] = []
+    for name in writes:
+        kind, _, layer = name.rpartition(".")
+        number = int(layer) if layer.isdigit() else -1
+        if number > 0 and parts and runs[-1][0] == kind and runs[-1][2] == number - 1:
+            runs[-1] = (kind, runs[-1][1], number)
+            parts[-1] = f"{kind}.{runs[-1][1]}-{number}"
+        else:
+            runs.append((kind, number, number))
+            parts.append(name)
+    joined = file_name("_".join(parts))
+    if len(joined) <= LONGEST_NAME:
+        return joined
+    return f"{joined[:LONGEST_NAME]}-{blake2b(joined.encode(), digest_size=4).hexdigest()}"
 
 
 def _suffix(values: Mapping[str, Any]) -> str:
@@ -273,4 +333,4 @@ def _short(value: Any) -> str:
 
 def sites_of(found: Iterable[Entry]) -> list[Site]:
     """Every site to capture, once."""
-    return list(dict.fromkeys(site for entry in found for site in (entry.read, entry.write)))
+    return list(dict.fromkeys(site for entry in found for site in (*entry.reads, *entry.writes)))

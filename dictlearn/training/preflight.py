@@ -139,11 +139,12 @@ def _check_dictionary(
         found += [f"{entry.name}: {problem}" for problem in own if problem not in found]
         return
     assert model is not None
-    d_in, d_out = site_width(model, entry.read), site_width(model, entry.write)
-    if d_in is None or d_out is None:  # known once the LM runs
+    found_widths = {site.name: site_width(model, site) for site in sites_of([entry])}
+    width = {name: n for name, n in found_widths.items() if n is not None}
+    if len(width) < len(found_widths):  # known once the LM runs
         collect(found, lambda: build(entry.config.module.sparsifier))
         return
-    dictionary = collect(found, lambda: build_dictionary(entry, d_in, d_out, "meta"))
+    dictionary = collect(found, lambda: build_dictionary(entry, width, "meta"))
     if dictionary is not None:
         collect(found, lambda: check_terms(build(entry.config.objective), dictionary))
     start = starts.get(entry.name)

@@ -297,7 +297,7 @@ def _last_whole(run_dir: Path) -> str:
 def _logged_config(cfg: DictConfig, entry: Entry) -> dict[str, Any]:
     """The configuration of one dictionary in a flat run: its own settings, and what the run shares."""
     shared = ("lm", "data", "n_tokens", "batch_size", "seed", "stream", "statistics_n_tokens", "trainer")
-    own = {"reads": entry.read.name, "writes": entry.write.name, **entry.values}
+    own = {"reads": "+".join(site.name for site in entry.reads), "writes": entry.site, **entry.values}
     return {"dictionary": plain(entry.config), **own, **{key: plain(cfg[key]) for key in shared}}
 
 

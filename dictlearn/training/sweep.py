@@ -24,7 +24,7 @@ def write_run_table(found: Iterable[Entry], reports: Mapping[str, Mapping[str, A
     """`sweep.csv` and `plots/frontier.png` over the dictionaries of one run."""
     from dictlearn.evaluation.sweep import sweep_table, write_sweep
 
-    points = {entry.name: {"site": entry.write.name, **entry.values} for entry in found}
+    points = {entry.name: {"site": entry.site, **entry.values} for entry in found}
     write_sweep(sweep_table(points, reports), run_dir)
 
 
