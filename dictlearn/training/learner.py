@@ -18,7 +18,7 @@ from dictlearn.lm import CleanRun
 from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
 from dictlearn.training.subspace import Size, subspaces
-from dictlearn.training.terms import LossTerm, check_terms, micro_batch_problem
+from dictlearn.training.terms import LossTerm, check_chunks, check_terms, micro_batch_problem
 from dictlearn.types import DictlearnError, Scalar, Step
 
 
@@ -52,11 +52,7 @@ class Learner(nn.Module):
         check_terms(terms, dictionary)
         if problem := micro_batch_problem(terms, micro_batch_size):
             raise DictlearnError(f"{problem}.")
-        if micro_batch_size is not None and not dictionary.per_token:
-            raise DictlearnError(
-                f"micro_batch_size={micro_batch_size} needs a sparsifier that looks at one token at a time; "
-                f"{type(dictionary.sparsifier).__name__}, as {name} has it, looks at the whole batch: use null."
-            )
+        check_chunks(name, dictionary, micro_batch_size)
         self.micro_batch_size = micro_batch_size
         self.register_buffer("variance", variance)
         width = dictionary.b_dec.numel()

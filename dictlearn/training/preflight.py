@@ -29,7 +29,7 @@ from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary, starting_dictionaries
 from dictlearn.training.plan import lm_dtype
 from dictlearn.training.points import Entry, entries, nodes, points, sites_of
-from dictlearn.training.terms import LossTerm, check_terms, lm_terms, micro_batch_problem
+from dictlearn.training.terms import LossTerm, check_chunks, check_terms, lm_terms, micro_batch_problem
 
 PARTS = ("objective", "optimizer", "schedule")
 TRAINER_KEYS = ("_target_", "accelerator", "devices", "precision", "deterministic")
@@ -59,8 +59,9 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
         collect(found, lambda: _check_store(cfg, text, model, dictionaries, found))
     init_from = None if resuming else cfg.init_from
     starts = collect(found, lambda: starting_dictionaries(init_from, dictionaries)) or {}
+    micro_batch_size = cfg.micro_batch_size if is_count(cfg.micro_batch_size, 1) else None
     for entry in dictionaries:
-        _check_dictionary(entry, model, starts, found)
+        _check_dictionary(entry, model, starts, micro_batch_size, found)
         _check_lm_terms(cfg, entry, model, found)
     if not dictionaries:
         _check_parts(cfg, found)
@@ -124,7 +125,11 @@ def _check_store(
 
 
 def _check_dictionary(
-    entry: Entry, model: PreTrainedModel | None, starts: Mapping[str, Dictionary], found: list[str]
+    entry: Entry,
+    model: PreTrainedModel | None,
+    starts: Mapping[str, Dictionary],
+    micro_batch_size: int | None,
+    found: list[str],
 ) -> None:
     """Build all of it, the weights on the meta device."""
     for part in PARTS:
@@ -147,6 +152,7 @@ def _check_dictionary(
     dictionary = collect(found, lambda: build_dictionary(entry, width, "meta"))
     if dictionary is not None:
         collect(found, lambda: check_terms(build(entry.config.objective), dictionary))
+        collect(found, lambda: check_chunks(entry.name, dictionary, micro_batch_size))
     start = starts.get(entry.name)
     if dictionary is not None and start is not None:
         collect(found, lambda: dictionary.start_from_(start))

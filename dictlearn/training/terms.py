@@ -8,7 +8,7 @@ from typing import Protocol, cast, runtime_checkable
 from transformers import PreTrainedModel
 
 from dictlearn.dictionaries import Dictionary
-from dictlearn.types import Scalar, Site, Step
+from dictlearn.types import DictlearnError, Scalar, Site, Step
 
 
 @runtime_checkable
@@ -47,6 +47,15 @@ def check_terms(terms: Mapping[str, LossTerm], dictionary: Dictionary) -> None:
     for term in terms.values():
         if (check := getattr(term, "check", None)) is not None:
             check(dictionary)
+
+
+def check_chunks(name: str, dictionary: Dictionary, micro_batch_size: int | None) -> None:
+    """Raise DictlearnError where a batch cannot be cut into chunks because its tokens depend on each other."""
+    if micro_batch_size is not None and not dictionary.per_token:
+        raise DictlearnError(
+            f"micro_batch_size={micro_batch_size} needs a sparsifier that looks at one token at a time; "
+            f"{dictionary.sparsifier.kind}, as {name} has it, looks at the whole batch: use null."
+        )
 
 
 def lm_terms(terms: Mapping[str, LossTerm]) -> dict[str, LMTerm]:

@@ -302,3 +302,16 @@ def test_a_run_has_the_same_metrics() -> None:
 )
 def test_sizes_that_are_none_are_refused(value: str, message: str) -> None:
     assert message in problems(f"micro_batch_size={value}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("batch_top_k", ["sparsifier=batch_top_k"]),
+        ("relu", ["sparsifier=relu", "sparsifier.p=0.5"]),
+    ],
+)
+def test_what_looks_at_the_whole_batch_cannot_be_cut(kind: str, overrides: list[str]) -> None:
+    """Said before the LM is loaded."""
+    rule = f"micro_batch_size=100 needs a sparsifier that looks at one token at a time; {kind}, as resid_post.1 has it"
+    assert rule in problems(*overrides, "micro_batch_size=100", "experiment=single", "site=resid_post.1")
