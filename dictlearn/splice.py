@@ -21,8 +21,9 @@ POLICIES = ("transparent", "frozen_error", "stop")
 class Run:
     """What a model with dictionaries in it computed in its last forward, by dictionary name.
 
-    `latents` dense `[rows, ctx, n_latents]`, `recon` and `errors` `[rows, ctx, d_out]` (target = recon + error).
-    With gradients enabled, `latents[name].grad` is filled by a backward pass.
+    `latents` dense `[rows, ctx, n_latents]`, `recon` and `errors` `[rows, ctx, d_out]` (target = recon + error), of
+    several sites `[rows, ctx, n_writes, d_out]`. With gradients enabled, `latents[name].grad` is filled by a
+    backward pass.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -30,10 +31,31 @@ class Run:
         self.latents: dict[str, Float[Tensor, "rows ctx n_latents"]] = {}
         self.recon: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
+        self._several: list[_Several] = []
+        self._without = False  # those of several sites, in the forward that runs
 
     def __call__(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
-        """The model's own forward: `run(input_ids).logits`."""
-        return self.model(input_ids, **arguments)
+        """The model's own forward: `run(input_ids).logits`.
+
+        With a dictionary of several sites the model runs twice: latents that a site needs may depend on later ones.
+        Raises DictlearnError for past_key_values there.
+        """
+        if not self._several:
+            return self.model(input_ids, **arguments)
+        if arguments.get("past_key_values") is not None:
+            raise DictlearnError("With a dictionary of several sites the model runs twice: no past_key_values.")
+        try:
+            self._without = True
+            with torch.no_grad():
+                self.model(input_ids, **arguments)
+            self._without = False
+            for one in self._several:
+                one.begin()
+            return self.model(input_ids, **arguments)
+        finally:
+            self._without = False
+            for one in self._several:
+                one.end()
 
 
 @contextmanager
@@ -64,9 +86,13 @@ def attach(
     named = _named(dictionaries)
     read: dict[str, Tensor] = {}
     edits: dict[Site, Callable[[Tensor], Tensor]] = {}
-    writers = {d.writes[0]: (name, d) for name, d in named.items()}
+    several = {name: _Several(run, name, d, policy, positions) for name, d in named.items() if d.site_axis}
+    run._several = list(several.values())
+    writers = {d.writes[0]: (name, d) for name, d in named.items() if not d.site_axis}
     for site in dict.fromkeys(s for d in named.values() for s in (*d.reads, *d.writes)):
-        edits[resolve(model, site)] = _site_edit(run, site, writers.get(site), read, policy, positions)
+        at_site = _site_edit(run, site, writers.get(site), read, policy, positions)
+        of_several = [one for one in run._several if site in (*one.dictionary.reads, *one.dictionary.writes)]
+        edits[resolve(model, site)] = _in_turn(site, of_several, at_site)
     with edit(model, edits):
         yield run
 
@@ -77,9 +103,23 @@ def _named(dictionaries: Dictionary | Mapping[str, Dictionary] | Sequence[Dictio
     written = [site for _, dictionary in named for site in dictionary.writes]
     if len(set(written)) < len(written):
         raise DictlearnError(f"Each write site takes one dictionary, got writes {written}.")
-    if several := [name for name, dictionary in named if dictionary.site_axis]:
-        raise DictlearnError(f"Only dictionaries of one read and one write site attach, got {several}.")
     return dict(named)
+
+
+def _in_turn(
+    site: str, of_several: list[_Several], at_site: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """First those who read the activation as the model has it, then the one that writes."""
+
+    def in_turn(act: Tensor) -> Tensor:
+        for one in of_several:
+            one.reads(site, act)
+        act = at_site(act)
+        for one in of_several:
+            act = one.writes(site, act)
+        return act
+
+    return in_turn
 
 
 def _site_edit(
@@ -117,6 +157,73 @@ def _splice(
     recon = dictionary.decode(latents, x)
     run.latents[name], run.recon[name] = latents, recon.detach()
     run.errors[name] = act.detach().to(recon.dtype) - recon.detach()
+    return _put_in(act, recon, policy, positions)
+
+
+def _put_in(act: Tensor, recon: Tensor, policy: str, positions: Tensor | None) -> Tensor:
+    """`act`, exactly, with the gradient of the policy through `recon`."""
     base = act if policy == "transparent" else act.detach()
     spliced = base + (recon - recon.detach()).to(act.dtype)  # the bracket is exactly zero
     return spliced if positions is None else torch.where(positions.unsqueeze(-1), spliced, act)
+
+
+class _Several:
+    """A dictionary of several sites in a model, which runs twice: without it, for its latents, and with it.
+
+    Latents are a leaf of the graph with the values of the first forward. Under frozen_error the second one adds
+    what is zero and has the gradient to the reads, as far as the model has come: a dictionary whose layers have
+    latents of their own needs no more; any other one must have all its reads before its first write.
+    """
+
+    def __init__(self, run: Run, name: str, dictionary: Dictionary, policy: str, positions: Tensor | None) -> None:
+        self.run, self.name, self.dictionary = run, name, dictionary
+        self.policy, self.positions = policy, positions
+        self.end()
+
+    def end(self) -> None:
+        """After the forward with it, or a failed one."""
+        self.read: dict[str, Tensor] = {}
+        self.x: Tensor | None = None
+        self.recon: Tensor | None = None
+
+    def begin(self) -> None:
+        """Between the forward without it and the one with it."""
+        self.x = self.dictionary.select_reads(self.read).detach()
+        latents = self.dictionary.encode(self.x).detach()
+        if torch.is_grad_enabled():
+            latents.requires_grad_()
+        recon = self.dictionary.decode(latents, self.x)
+        if self.policy != "frozen_error" or not torch.is_grad_enabled():
+            self.recon = recon
+        self.read = {}
+        self.run.latents[self.name], self.run.recon[self.name] = latents, recon.detach()
+        self.run.errors[self.name] = torch.zeros_like(recon)
+
+    def reads(self, site: str, act: Tensor) -> None:
+        """The model has come to a site, or to a read of it."""
+        if site in self.dictionary.reads:
+            self.read[site] = act
+
+    def writes(self, site: str, act: Tensor) -> Tensor:
+        """`act`, exactly, with the gradient of the policy where the dictionary writes."""
+        if site not in self.dictionary.writes or self.run._without:
+            return act
+        if self.x is None:
+            raise DictlearnError(f"{self.name} has several sites: call run(...) instead of the model itself.")
+        place = self.dictionary.writes.index(site)
+        recon = (self._live(place, self.x) if self.recon is None else self.recon)[..., place, :]
+        self.run.errors[self.name][..., place, :] = act.detach().to(recon.dtype) - recon.detach()
+        return _put_in(act, recon, self.policy, self.positions)
+
+    def _live(self, place: int, clean: Tensor) -> Tensor:
+        """The reconstruction with its gradient to what the model has read, for the write site at `place`."""
+        d = self.dictionary
+        needed = d.reads[: place + 1] if d.layered else d.reads
+        if missing := [site for site in needed if site not in self.read]:
+            raise DictlearnError(
+                f"{self.name} writes {d.writes[place]} before the model reaches its read {missing[0]}: "
+                "policy=frozen_error cannot be had, use transparent or stop."
+            )
+        x = d.select_reads(dict(zip(d.reads, clean.unbind(-2), strict=True)) | self.read)
+        latents = d.encode(x)
+        return d.decode(self.run.latents[self.name] + (latents - latents.detach()), x)

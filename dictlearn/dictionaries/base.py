@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from dictlearn.dictionaries import _latents, _scales
 from dictlearn.dictionaries._input_norm import check_input_norm
-from dictlearn.dictionaries._latents import Part
 from dictlearn.kernels import LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
 from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers import Sparsifier
@@ -50,7 +49,9 @@ class Dictionary(nn.Module, ABC):
     site_axis: ClassVar[bool] = False  # several read or write sites: activations have a site axis before the width
     linear_encoder: ClassVar[bool] = True  # pre-activations are x~ @ W_enc + b_enc
     latent_axis: ClassVar[Mapping[str, int]] = {"W_enc": -1, "b_enc": 0, "W_dec": 0}  # one entry a latent
-    latents_per_read: ClassVar[bool] = False  # `expansion` counts the latents of each read site
+    fresh: ClassVar[Mapping[str, float | str]] = {}  # a latent's other weights at its start: a value or a weight
+    layered: ClassVar[bool] = False  # each read has latents of its own, for the write at its place and later ones
+    nested: ClassVar[bool] = False  # the loss `recon` is not that of the reconstruction alone
     inference_kind: ClassVar[str | None] = None  # of `for_inference()`, where it is another
 
     def __init__(
@@ -214,9 +215,9 @@ class Dictionary(nn.Module, ABC):
 
     # -- latents one by one --
 
-    def parts_of(self, latents: Int[Tensor, " n"]) -> list[Part]:
+    def parts_of(self, latents: Int[Tensor, " n"]) -> list[_latents.Part]:
         """Where the weights of some latents are."""
-        return [Part(name, axis, latents) for name, axis in self.latent_axis.items()]
+        return [_latents.Part(name, axis, latents) for name, axis in self.latent_axis.items()]
 
     def latent_rows(self, latents: Int[Tensor, " n"]) -> LatentRows:
         """The weights of some latents, in normalised units."""

@@ -41,7 +41,7 @@ class CrossLayer(Dictionary):
     site_axis: ClassVar[bool] = True
     linear_encoder: ClassVar[bool] = False
     latent_axis: ClassVar = {"W_enc": -1, "b_enc": 0}
-    latents_per_read: ClassVar[bool] = True
+    layered: ClassVar[bool] = True
 
     sparsifier: PerLayer
 

@@ -127,7 +127,7 @@ def build_dictionary(entry: Entry, width: Mapping[str, int], device: str = "cpu"
         raise ConfigError([f"init_subspace must be at most the width of {names}, {d_in}, got {dimensions}"])
     with torch.device(device):
         module = build(entry.config.module)
-        n_codes = len(reads) if getattr(getattr(module, "func", None), "latents_per_read", False) else 1
+        n_codes = len(reads) if getattr(getattr(module, "func", None), "layered", False) else 1
         return module(
             d_in=d_in,
             d_out=d_out,
