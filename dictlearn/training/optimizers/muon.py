@@ -82,7 +82,7 @@ class View(NamedTuple):
 
 def _matrices(dictionary: Dictionary) -> dict[str, View]:
     """By parameter. Where each read site has latents of its own, each has an encoder and a skip path of its own."""
-    n_maps = len(dictionary.reads) if dictionary.latents_per_read else 1
+    n_maps = len(dictionary.reads) if dictionary.layered else 1
     latents = torch.arange(dictionary.n_latents, device=dictionary.b_dec.device)
     found = {}
     for name, axis, _ in dictionary.parts_of(latents):
