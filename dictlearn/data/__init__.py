@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from dictlearn.data.module import ActivationData
     from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics
     from dictlearn.data.outliers import NormFilter
+    from dictlearn.data.planted import Planted
+    from dictlearn.data.rows import RowData, Rows, RowStore
     from dictlearn.data.sequences import Sequences, SequenceStream
     from dictlearn.data.store import ActivationStore
     from dictlearn.data.stored import StoredStream
     from dictlearn.data.stream import ActivationStream, Batch
-    from dictlearn.data.text import EmbeddedText, HubText, LocalText, Rows, TextData
+    from dictlearn.data.text import EmbeddedText, HubText, LocalText, TextData
     from dictlearn.data.tokens import TokenStore
 
 _HOME = {
@@ -28,7 +30,10 @@ _HOME = {
     "HubText": "text",
     "LocalText": "text",
     "NormFilter": "outliers",
-    "Rows": "text",
+    "Planted": "planted",
+    "RowData": "rows",
+    "RowStore": "rows",
+    "Rows": "rows",
     "SequenceStream": "sequences",
     "Sequences": "sequences",
     "SiteStatistics": "normalize",
@@ -47,6 +52,9 @@ __all__ = [
     "HubText",
     "LocalText",
     "NormFilter",
+    "Planted",
+    "RowData",
+    "RowStore",
     "Rows",
     "SequenceStream",
     "Sequences",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dictlearn.data import schedule
 from dictlearn.data.outliers import NormFilter
+from dictlearn.data.rows import RowStore
 from dictlearn.data.schedule import Position
-from dictlearn.data.tokens import TokenStore
 from dictlearn.types import DictlearnError, TokenIds
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Stream(ABC, Generic[T]):
     def __init__(
         self,
         read: Read,
-        store: TokenStore,
+        store: RowStore,
         *,
         batch_size: int,
         n_tokens: int,

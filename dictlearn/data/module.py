@@ -19,11 +19,12 @@ from dictlearn.data.manifest import STORE_DTYPES
 from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics
 from dictlearn.data.outliers import NormFilter
 from dictlearn.data.packing import TOKENIZER_FILE
+from dictlearn.data.rows import RowData, Rows, RowStore
 from dictlearn.data.sequences import SequenceStream
 from dictlearn.data.store import ActivationStore
 from dictlearn.data.stored import StoredStream
 from dictlearn.data.stream import ActivationStream
-from dictlearn.data.text import Rows, TextData, warn_of_unknown
+from dictlearn.data.text import warn_of_unknown
 from dictlearn.data.tokens import TokenStore
 from dictlearn.lm.load import LM
 from dictlearn.lm.taps import activations, widths
@@ -48,7 +49,7 @@ class ActivationData(LightningDataModule):
 
     def __init__(
         self,
-        text: TextData,
+        text: RowData,
         lm: LM,
         sites: Sequence[Site],
         batch_size: int,
@@ -65,7 +66,7 @@ class ActivationData(LightningDataModule):
         self.batch_size, self.n_tokens, self.seed, self.stream = batch_size, n_tokens, seed, stream
 
     @cached_property
-    def store(self) -> TokenStore:
+    def store(self) -> RowStore:
         """The rows that are trained on; tokenising starts when this is first used, if the LM has to run."""
         store = self.text.train(self.lm.tokenizer)
         if self.text.store is None:
@@ -167,6 +168,7 @@ class ActivationData(LightningDataModule):
 
     def _asked(self) -> dict[str, Any]:
         """What the activation store has to hold."""
+        assert isinstance(self.store, TokenStore)  # other rows are not stored
         tokenizer = (self.store.folder / TOKENIZER_FILE).read_bytes()
         return {
             **asked_of_text(self.text),
@@ -182,7 +184,7 @@ class ActivationData(LightningDataModule):
             "sites": widths(self.lm.model, self.sites),
         }
 
-    def _stream(self, store: TokenStore, norm_filter: NormFilter | None) -> Stream:
+    def _stream(self, store: RowStore, norm_filter: NormFilter | None) -> Stream:
         common = {
             "batch_size": self.batch_size,
             "n_tokens": self.n_tokens,
@@ -205,8 +207,10 @@ def store_folder(place: str) -> Path:
         raise DictlearnError(f"data.store must be a folder, got {place}: {error}") from error
 
 
-def store_setting_problem(text: TextData, stream: str) -> str | None:
-    """What is wrong with data.store and data.store_dtype as such, one sentence."""
+def store_setting_problem(text: RowData, stream: str) -> str | None:
+    """What is wrong with data.store, data.store_dtype and the stream as such, one sentence."""
+    if not text.is_text and stream != "shuffled":
+        return f"stream={stream} is for text; {text.title} are draws that do not follow each other: use shuffled"
     if text.store is not None and not (isinstance(text.store, str) and text.store):
         return f"data.store must be null or a folder, got {text.store!r}"
     if text.store_dtype not in STORE_DTYPES:
@@ -216,7 +220,7 @@ def store_setting_problem(text: TextData, stream: str) -> str | None:
     return None
 
 
-def asked_of_text(text: TextData) -> dict[str, Any]:
+def asked_of_text(text: RowData) -> dict[str, Any]:
     """What a configuration of text alone asks of an activation store."""
     same = ("ctx", "block_rows", "n_slices", "lm_batch_rows", "max_norm_ratio")
     return {**{key: getattr(text, key) for key in same}, "dtype": text.store_dtype}

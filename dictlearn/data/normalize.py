@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dictlearn.data.base import Read
 from dictlearn.data.outliers import NormFilter, norms
-from dictlearn.data.tokens import TokenStore
+from dictlearn.data.rows import RowStore
 from dictlearn.kernels import layer_norm
 from dictlearn.types import DictlearnError, TokenMask
 
@@ -40,7 +40,7 @@ class SiteStatistics(NamedTuple):
 @torch.no_grad()
 def estimate_statistics(
     read: Read,
-    store: TokenStore,
+    store: RowStore,
     n_tokens: int = 65_536,
     lm_batch_rows: int = 32,
     norm_filter: NormFilter | None = None,
@@ -74,7 +74,7 @@ def estimate_statistics(
 
 
 @torch.no_grad()
-def estimate_norm_filter(read: Read, store: TokenStore, ratio: float, lm_batch_rows: int = 32) -> NormFilter:
+def estimate_norm_filter(read: Read, store: RowStore, ratio: float, lm_batch_rows: int = 32) -> NormFilter:
     """Limits of `ratio` times the median norm of the first N_MEDIAN counted tokens (or all) at each site.
 
     Raises DictlearnError where that is not finite: more than half of the activations are NaN or infinite.
@@ -87,7 +87,7 @@ def estimate_norm_filter(read: Read, store: TokenStore, ratio: float, lm_batch_r
 
 
 def _prefix(
-    read: Read, store: TokenStore, n_tokens: int, lm_batch_rows: int
+    read: Read, store: RowStore, n_tokens: int, lm_batch_rows: int
 ) -> Iterator[tuple[TokenMask, Mapping[str, Tensor]]]:
     """(mask, activations) of the first rows with `n_tokens` counted tokens."""
     n_rows = store.wait_counted(n_tokens)

@@ -13,8 +13,8 @@ from torch import Tensor
 from dictlearn.data import schedule
 from dictlearn.data.base import Read, Stream
 from dictlearn.data.pool import Pool
+from dictlearn.data.rows import RowStore
 from dictlearn.data.schedule import Position
-from dictlearn.data.tokens import TokenStore
 
 
 class Batch(NamedTuple):
@@ -35,7 +35,7 @@ class ActivationStream(Stream[Batch]):
     """
 
     def __init__(
-        self, read: Read, store: TokenStore, *, block_rows: int = 256, n_slices: int = 8, **options: Any
+        self, read: Read, store: RowStore, *, block_rows: int = 256, n_slices: int = 8, **options: Any
     ) -> None:
         super().__init__(read, store, **options)
         self.block_rows, self.n_slices = block_rows, n_slices
@@ -102,7 +102,7 @@ class ActivationStream(Stream[Batch]):
         batches = tokens.split(self.lm_batch_rows)
         acts = self.read(batches[0])
         if self._pool is None:
-            most_per_block = self.block_rows * (self.store.ctx - 1)  # position 0 never counts
+            most_per_block = self.block_rows * self.store.most_counted
             self._pool = Pool(acts, self.n_slices, most_per_block, self.norm_filter)
         places = self._pool.place(block, cut, first_slice, tokens, rows)
         parts = places.split(self.lm_batch_rows * self.store.ctx)

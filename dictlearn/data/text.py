@@ -6,13 +6,13 @@ import glob
 import json
 import logging
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from dictlearn.choices import is_count
 from dictlearn.data.heldout import MOST_HELDOUT, heldout_threshold
 from dictlearn.data.packing import CacheError, PackingSpec, cached_in, write_atomically
 from dictlearn.data.readers import READERS, SourceError
+from dictlearn.data.rows import RowData, Rows
 from dictlearn.data.sources import HASHES, EmbeddedSource, FileSource, Source
 from dictlearn.data.tokens import TokenStore
 from dictlearn.files import folder_problem, reason
@@ -37,48 +38,18 @@ COUNTS = {"ctx": 2, "lm_batch_rows": 1, "block_rows": 1, "n_slices": 1, "heldout
 MOST_UNKNOWN = 0.01  # share of the counted tokens; more is warned of
 
 
-class Rows(NamedTuple):
-    """Held-out text: token ids, which of them count, and `info` for the report."""
-
-    tokens: TokenIds
-    mask: TokenMask
-    info: dict[str, Any]
-
-
 @dataclass
-class TextData(ABC):
-    """Text, how it is packed into rows, and how activations of it are shuffled.
+class TextData(RowData):
+    """Text that is packed into rows of `ctx` tokens.
 
-    Subclasses say where the text comes from. `ctx` is tokens per row. Held-out are the documents chosen by
-    hash: `heldout_fraction` of them; of a small text more, to reach about `heldout_min_tokens`, but at most
-    a fifth (a text of fewer than 10 rows: at least one document, about 2 rows). `cache_dir`: default
-    $DICTLEARN_CACHE, else ~/.cache/dictlearn.
-
-    The shuffle (schedule.py): blocks of `block_rows` rows are cut into `n_slices` slices; about
-    block_rows * ctx * (n_slices + 1) / 2 activations per site are in memory. The LM runs `lm_batch_rows` at once.
-
-    `max_norm_ratio`: tokens whose activation norm is above this many times the site's median norm, at any site,
-    are not trained on; None keeps all.
-
-    `store`: a folder for the activations, written by the first run and read by later ones (store.py), as
-    `store_dtype`; None runs the LM in every run.
+    Subclasses say where the text comes from. Held-out are the documents chosen by hash: `heldout_fraction` of them;
+    of a small text more, to reach about `heldout_min_tokens`, but at most a fifth (a text of fewer than 10 rows: at
+    least one document, about 2 rows). `cache_dir`: default $DICTLEARN_CACHE, else ~/.cache/dictlearn.
     """
 
-    ctx: int = 128
     heldout_fraction: float = 0.02
     heldout_min_tokens: int = 100_000
-    lm_batch_rows: int = 32
-    block_rows: int = 256
-    n_slices: int = 8
-    max_norm_ratio: float | None = None
     cache_dir: str | None = None
-    store: str | None = None
-    store_dtype: str = "bfloat16"
-
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """What the text is, for messages and reports."""
 
     @abstractmethod
     def source(self) -> Source:

@@ -28,6 +28,7 @@ from dictlearn.data.packing import (
     read_meta,
     write_atomically,
 )
+from dictlearn.data.rows import RowStore
 from dictlearn.types import DictlearnError, TokenIds, TokenMask
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ WORKER_ENVIRONMENT = {
 }
 
 
-class TokenStore:
+class TokenStore(RowStore):
     """Rows of `ctx` token ids, addressed by index; what is not there yet is tokenised when it is asked for.
 
     `name` says in messages what the text is. Row i is the same whenever and however often the store was grown.
@@ -105,10 +106,6 @@ class TokenStore:
             enough = int((sums < n_counted).sum()) + 1
             n_rows, total = n_rows + min(enough, len(sums)), int(sums[-1])
         return n_rows
-
-    def rows(self, start: int, stop: int) -> TokenIds:
-        """Rows `start` to `stop` (exclusive), int64; waits for them. IndexError beyond the end of the text."""
-        return self.take(np.arange(start, stop))
 
     def take(self, indices: np.ndarray) -> TokenIds:
         """The rows of these indices, int64, in their order; waits for them."""

@@ -65,6 +65,9 @@ class Behaviour:
 
     @torch.inference_mode()
     def run(self, context: EvaluationContext) -> dict[str, Sections]:
+        if context.planted is not None:
+            why = "behaviour is left out: planted activations come without a language model"
+            return {name: {"warnings": [why]} for name in context.dictionaries}
         n_rows = context.rows_of(self.n_tokens)
         for key, mask in context.masks.items():
             if not mask[:n_rows, 1:].any():

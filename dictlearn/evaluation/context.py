@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from dictlearn.data.planted import PlantedModel
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm.load import LM
 from dictlearn.lm.sites import resolve
@@ -96,6 +97,11 @@ class EvaluationContext:
         found = widths(self.lm.model, list(self.sites.values()))
         if wrong := width_problems(self.dictionaries, found, self.lm.name):
             raise DictlearnError("\n".join(wrong))
+
+    @property
+    def planted(self) -> PlantedModel | None:
+        """The model of planted activations; None where a language model gives them."""
+        return self.lm.model if isinstance(self.lm.model, PlantedModel) else None
 
     # -- which tokens count --
 

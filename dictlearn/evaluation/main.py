@@ -14,18 +14,20 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from dictlearn.config import ConfigError, build, collect, evaluation_problems, missing
-from dictlearn.data import EmbeddedText, HubText, LocalText, TextData
+from dictlearn.data import EmbeddedText, HubText, LocalText, Planted, RowData
+from dictlearn.data.planted import NAME
+from dictlearn.data.rows import PLACES
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.build import build_blocks
 from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext, width_problems
 from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.evaluation.run import Results
 from dictlearn.hub import find, load
-from dictlearn.lm import LM, find_device, load_lm, resolve, skeleton
+from dictlearn.lm import find_device, load_lm, resolve, skeleton
 from dictlearn.lm.sites import site_width
 from dictlearn.types import DictlearnError
 
-TEXTS: dict[str, type[TextData]] = {"EmbeddedText": EmbeddedText, "HubText": HubText, "LocalText": LocalText}
+TEXTS: dict[str, type[RowData]] = {kind.__name__: kind for kind in (EmbeddedText, HubText, LocalText, Planted)}
 OF_TRAINING = ("block_rows", "n_slices", "lm_batch_rows")  # how a text is shuffled: the held-out rows are the same
 
 
@@ -34,8 +36,8 @@ class _Plan(NamedTuple):
 
     folders: dict[str, Path]
     dictionaries: dict[str, Dictionary]
-    lm: tuple[str, str | None, str | None]  # name, revision, dtype
-    text: TextData
+    lm: tuple[str, str | None, str | None] | None  # name, revision, dtype; None: that of the text, which is none
+    text: RowData
     blocks: dict[str, EvaluationBlock]
 
 
@@ -48,8 +50,9 @@ def run_evaluation(cfg: DictConfig, console: Console) -> Results:
     with console.status("Checking"):
         plan = _plan(cfg)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with console.status(f"Loading {plan.lm[0]}"):
-        lm: LM = load_lm(*plan.lm, device)
+    with console.status(f"Loading {plan.lm[0]}" if plan.lm else f"Drawing {plan.text.title}"):
+        lm = load_lm(*plan.lm, device) if plan.lm else plan.text.own_lm(device)
+        assert lm is not None
     with console.status("Preparing held-out text"):
         rows = plan.text.heldout(lm.tokenizer, cfg.evaluation.n_tokens)
     context = EvaluationContext(
@@ -61,7 +64,7 @@ def run_evaluation(cfg: DictConfig, console: Console) -> Results:
         batch_rows=cfg.evaluation.batch_rows,
         weight_files={name: next(folder.glob("*.safetensors")) for name, folder in plan.folders.items()},
         max_norm_ratio=plan.text.max_norm_ratio,
-        warnings={name: _other_lm(d, plan.lm[0]) for name, d in plan.dictionaries.items()},
+        warnings={name: _other_lm(d, lm.name) for name, d in plan.dictionaries.items()},
     )
     out = Path(cfg.out)
     return evaluate_and_show(
@@ -90,14 +93,19 @@ def _plan(cfg: DictConfig) -> _Plan:
     blocks = collect(found, lambda: build_blocks(cfg.evaluation))
     if dictionaries is None:
         raise ConfigError(found)
-    lm = collect(found, lambda: _lm(cfg, dictionaries))
     text = collect(found, lambda: _text(cfg, dictionaries))
-    model = None if lm is None else collect(found, lambda: skeleton(*lm[:2]))
+    lm = model = None
+    if text is not None and not text.is_text:
+        model = collect(found, text.own_skeleton)
+        if _asks_for_lm(cfg):
+            found.append(f"lm has no use, because {text.title} come without a language model: leave it out")
+    elif (lm := collect(found, lambda: _lm(cfg, dictionaries))) is not None:
+        model = collect(found, lambda: skeleton(*lm[:2]))
     if model is not None:
-        found += _site_problems(model, lm[0] if lm else "", dictionaries)
+        found += _site_problems(model, lm[0] if lm else NAME, dictionaries)
     if text is not None:
         found += text.problems(getattr(model and model.config.get_text_config(), "max_position_embeddings", None))
-    if found or folders is None or lm is None or text is None or blocks is None:
+    if found or folders is None or text is None or blocks is None:
         raise ConfigError(found)
     return _Plan(folders, dictionaries, lm, text, blocks)
 
@@ -189,8 +197,12 @@ def _common(records: Mapping[str, Mapping[str, Any]], what: str, ask: str) -> di
     return dict(next(iter(records.values())))
 
 
+def _asks_for_lm(cfg: DictConfig) -> bool:
+    return cfg.get("lm") is not None and cfg.lm.name is not None
+
+
 def _lm(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> tuple[str, str | None, str | None]:
-    if cfg.get("lm") is not None:
+    if _asks_for_lm(cfg):
         return cfg.lm.name, cfg.lm.revision, cfg.lm.dtype
     keys = ("lm_name", "lm_revision")
     records = {
@@ -202,7 +214,7 @@ def _lm(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> tuple[str, s
     return lm["lm_name"], lm["lm_revision"], dtypes.pop() if len(dtypes) == 1 else None
 
 
-def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> TextData:
+def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> RowData:
     """The text of `cfg.data`, or the recorded one: a known class and its plain values, never a free `_target_`."""
     if cfg.get("data") is not None:
         return build(cfg.data)
@@ -215,5 +227,5 @@ def _text(cfg: DictConfig, dictionaries: Mapping[str, Dictionary]) -> TextData:
     kind = recorded.pop("kind", None)
     if kind not in TEXTS:
         raise DictlearnError(f"The recorded text must be one of {', '.join(TEXTS)}, got {kind!r}: give data=....")
-    known = {field.name for field in fields(TEXTS[kind])} - {"cache_dir"}  # where to write is not a file's to say
+    known = {field.name for field in fields(TEXTS[kind]) if field.init} - {*PLACES}  # not a file's to say
     return TEXTS[kind](**{key: value for key, value in recorded.items() if key in known})

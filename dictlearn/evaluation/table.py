@@ -20,7 +20,14 @@ COLUMNS = {  # header -> where in the report, format; with a name of 12 letters 
     "CE rec.\n(mean)": ("behaviour.ce_recovered_mean", ".4f"),
     "KL": ("behaviour.kl_rec", ".4f"),
 }
-
+PLANTED_COLUMNS = {  # of planted activations, which have no behaviour
+    **{header: column for header, column in COLUMNS.items() if not column[0].startswith("behaviour.")},
+    "true\nL0": ("ground_truth.true_l0", ".1f"),
+    "features\nmatched": ("ground_truth.frac_matched", ".1%"),
+    "preci-\nsion": ("ground_truth.precision", ".3f"),
+    "recall": ("ground_truth.recall", ".3f"),
+    "shrink-\nage": ("ground_truth.shrinkage", ".3f"),
+}
 
 MARK = "!"
 CAPTION = (
@@ -31,12 +38,13 @@ CAPTION = (
 
 def report_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per dictionary; `-` for what is null or was not computed, `!` after a share outside [0, 1]."""
-    rows = {name: [_cell(report, *column) for column in COLUMNS.values()] for name, report in reports.items()}
+    columns = PLANTED_COLUMNS if any("ground_truth" in report for report in reports.values()) else COLUMNS
+    rows = {name: [_cell(report, *column) for column in columns.values()] for name, report in reports.items()}
     marked = any(cell.endswith(MARK) for cells in rows.values() for cell in cells)
     table = Table(title=_title(list(reports.values())), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.caption = CAPTION if marked else None
     table.add_column("dictionary", overflow="fold")
-    for header in COLUMNS:
+    for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     for name, cells in rows.items():
         table.add_row(name, *cells)

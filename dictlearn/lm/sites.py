@@ -210,7 +210,8 @@ def _path_of(model: PreTrainedModel, name: str, kind: str, layer: str) -> str:
     config = model.config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is None:
-        examples = [path for path in _module_paths(model) if re.search(r"\.0(\.|$)", path)][:4]
+        paths = list(_module_paths(model))
+        examples = ([path for path in paths if re.search(r"\.0(\.|$)", path)] or paths)[:4]
         raise DictlearnError(
             f"Site {name!r}: readable names are known for {', '.join(FAMILIES)} models, not for "
             f"{config.model_type!r}. Give a module path, for its output, or with ':in' for its input; this model "

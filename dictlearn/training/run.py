@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from dictlearn.config import ConfigError, build, check_references, plain
-from dictlearn.data import ActivationData, TextData
+from dictlearn.data import ActivationData, RowData
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation import EvaluationContext, Results
 from dictlearn.evaluation.build import build_blocks
@@ -201,12 +200,13 @@ def _load(cfg: DictConfig, say: Callable[[str], None], resuming: bool = False) -
     `resuming`: the weights will come from a checkpoint.
     """
     device = "cuda" if cfg.trainer.accelerator == "gpu" else "cpu"
-    say(f"Loading {cfg.lm.name}")
-    lm = load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
+    text: RowData = build(cfg.data)
+    say(f"Loading {cfg.lm.name}" if text.is_text else f"Drawing {text.title}")
+    lm = text.own_lm(device) or load_lm(cfg.lm.name, cfg.lm.revision, cfg.lm.dtype, device)
     fix_commit(cfg, "lm.revision", lm.revision)
     found = entries(cfg, lm.model)
     sites = captured_sites(found, lm.model)
-    data = ActivationData(build(cfg.data), lm, sites, cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream)
+    data = ActivationData(text, lm, sites, cfg.batch_size, cfg.n_tokens, cfg.seed, stream=cfg.stream)
     with ExitStack() as after_failure:
         after_failure.callback(data.close)
         starts = {} if resuming else starting_dictionaries(cfg.init_from, found)
@@ -312,19 +312,16 @@ def _save(cfg: DictConfig, setup: Setup, folders: Mapping[str, Path]) -> dict[st
     return dictionaries
 
 
-def _metadata(cfg: DictConfig, lm: LM, text: TextData, entry: Entry) -> dict[str, Any]:
+def _metadata(cfg: DictConfig, lm: LM, text: RowData, entry: Entry) -> dict[str, Any]:
     """Where a dictionary comes from, in its cfg.json."""
-    recorded: dict[str, Any] = {"kind": type(text).__name__, **asdict(text)}
-    for place in ("cache_dir", "store", "store_dtype"):
-        recorded.pop(place)
     return {
-        "lm_name": lm.name,
+        "lm_name": lm.name if text.is_text else None,
         "lm_revision": lm.revision,
         "lm_dtype": lm.dtype,
         "store_dtype": None if text.store is None else text.store_dtype,
         "ctx": text.ctx,
         "prepend_bos": (lm.tokenizer.bos_token_id or lm.tokenizer.eos_token_id) is not None,
-        "data": recorded,
+        "data": text.record(),
         "seed": cfg.seed,
         "n_tokens": cfg.n_tokens,
         "normalise": entry.config.normalise,
