@@ -24,6 +24,7 @@ class Bilinear(Linear):
 
     linear_encoder: ClassVar[bool] = False
     latent_axis: ClassVar = {**Linear.latent_axis, "W_gate": -1, "b_gate": 0}
+    fresh: ClassVar = {"W_gate": 0.0, "b_gate": 1.0}
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]

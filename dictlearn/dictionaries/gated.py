@@ -35,6 +35,7 @@ class Gated(Linear):
 
     inference_kind: ClassVar[str | None] = "linear"
     latent_axis: ClassVar = {**Linear.latent_axis, "r_mag": 0, "b_mag": 0}
+    fresh: ClassVar = {"r_mag": 0.0, "b_mag": "b_enc"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

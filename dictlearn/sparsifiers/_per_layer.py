@@ -26,7 +26,7 @@ class LayeredStep(Step):
     """
 
     encoded: tuple[Encoded, ...] = ()
-    dead_in: tuple[Int[Tensor, " n"], ...] | None = None
+    dead_in: tuple[Tensor, ...] | None = None
 
 
 class PerLayer(Sparsifier):
@@ -37,6 +37,7 @@ class PerLayer(Sparsifier):
         self._layers = nn.ModuleList(layers)
         first = self.layers[0]
         self.norm_weighted, self.per_token = first.norm_weighted, first.per_token
+        self.n_per_layer = 0
 
     @property
     def layers(self) -> list[Sparsifier]:
@@ -82,12 +83,19 @@ class PerLayer(Sparsifier):
         for layer in self.layers:
             layer.project_()
 
+    def restart_(self, latents: Int[Tensor, " n"]) -> list[tuple[nn.Parameter, Tensor]]:
+        found, n = [], self.n_per_layer
+        for i, layer in enumerate(self.layers):
+            found += layer.restart_(latents[latents // n == i] - i * n)
+        return found
+
     def bind(self, n_latents: int) -> None:
         n_layers = len(self.layers)
         if n_latents % n_layers:
             raise DictlearnError(f"n_latents must be a multiple of the {n_layers} layers, got {n_latents}.")
         for layer in self.layers:
             layer.bind(n_latents // n_layers)
+        self.n_per_layer = n_latents // n_layers
 
     def set_units_(self, units: Float[Tensor, " n_layers"]) -> None:
         """`set_unit_` of every layer."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dictlearn.registry import kind_of
@@ -78,6 +78,10 @@ class Sparsifier(nn.Module, ABC):
 
     def project_(self) -> None:
         """After every optimiser step: back onto the constraint set."""
+
+    def restart_(self, latents: Int[Tensor, " n"]) -> list[tuple[nn.Parameter, Tensor]]:  # noqa: ARG002
+        """What is learnt of `latents` is as at first again. Returns these parameters and the places in each."""
+        return []
 
     # -- life of a dictionary --
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -130,6 +130,12 @@ class JumpReLU(Sparsifier):
     @torch.no_grad()
     def project_(self) -> None:
         self.thresholds.clamp_(min=0)
+
+    @torch.no_grad()
+    def restart_(self, latents: Int[Tensor, " n"]) -> list[tuple[nn.Parameter, Tensor]]:
+        self.thresholds[latents] = self.start * self.unit
+        assert self.threshold is not None
+        return [(self.threshold, latents)]
 
     def bind(self, n_latents: int) -> None:
         self.threshold = nn.Parameter(torch.full((n_latents,), float(self.start)))

@@ -19,6 +19,7 @@ from dictlearn.lm import LM, reached, widths
 from dictlearn.training.learner import Learner, prepare
 from dictlearn.training.module import Member
 from dictlearn.training.points import Entry, sites_of
+from dictlearn.training.schedules import settled
 from dictlearn.training.subspace import Size, subspace_sizes
 from dictlearn.training.terms import lm_terms
 from dictlearn.types import Site
@@ -63,7 +64,8 @@ def build_members(
             optimizer.clip_norm,
             cfg.micro_batch_size,
         )
-        members.append(Member(learner, optimizer, build(entry.config.schedule)))
+        schedule = settled(build(entry.config.schedule), optimizer.decay)
+        members.append(Member(learner, optimizer, schedule, _seed(cfg.seed, f"{entry.base}/training")))
     return members
 
 

@@ -16,6 +16,7 @@ from dictlearn.data import Batch, Sequences
 from dictlearn.lm import LM, CleanRun
 from dictlearn.training.learner import Learner
 from dictlearn.training.optimizers import OptimizerSettings, RunOptimizer, average_, build_optimizer
+from dictlearn.training.resampling import Resample, resample_
 from dictlearn.training.schedules import Schedule
 from dictlearn.training.statistics import WindowMetrics
 from dictlearn.types import DictlearnError
@@ -91,6 +92,7 @@ class DictionaryTraining(L.LightningModule):
             self._since = time.perf_counter()
         if self.global_step > 0 and self.global_step % self.window == 0:
             self._flush(self.global_step)
+            self._resample(batch.flat() if isinstance(batch, Sequences) else batch)
 
     def on_train_epoch_end(self) -> None:
         if self.global_step == self.n_steps:  # the last window, in time for the callbacks' on_train_end
@@ -152,6 +154,14 @@ class DictionaryTraining(L.LightningModule):
         row = {"n_tokens": float(step * self.tokens_per_batch), **self.latest}
         for logger in self.loggers:
             logger.log_metrics(row, step=step)
+
+    def _resample(self, batch: Batch) -> None:
+        step = self.global_step
+        times = [n * self.tokens_per_batch for n in (step - self.window, step, self.n_steps)]
+        for learner, _, _, seed in self.members:
+            for term in learner.terms.values():
+                if isinstance(term, Resample) and term.is_due(*times):
+                    resample_(learner, batch, self._optimizer, term.encoder_scale, seed + step)
 
     def _diverged(self, what: str, step: int) -> Diverged:
         first = {m.learner.name: int(m.learner.statistics.n_finite) + 1 for m in self.members}

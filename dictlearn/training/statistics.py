@@ -97,6 +97,13 @@ class TrainingStatistics(nn.Module):
             buffer.zero_()
         return metrics
 
+    @torch.no_grad()
+    def revive_(self, latents: Int[Tensor, " n"]) -> None:
+        """`latents` have new weights: they count as having fired now."""
+        self.tokens_since_fired[latents] = 0
+        self.is_dead[latents] = False
+        self._dead_is_current = False
+
 
 def _forget_dead(statistics: TrainingStatistics, _: object) -> None:
     statistics._dead_is_current = False
