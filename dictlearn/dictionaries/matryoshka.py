@@ -41,6 +41,7 @@ class Matryoshka(Linear):
         others: those of `Linear`.
     """
 
+    nested: ClassVar[bool] = True
     inference_kind: ClassVar[str | None] = "linear"
 
     def __init__(self, *args: Any, prefixes: Sequence[float] = PREFIXES, **kwargs: Any) -> None:

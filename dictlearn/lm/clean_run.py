@@ -74,7 +74,7 @@ class CleanRun:
 
 
 def reached(model: PreTrainedModel, writes: Sequence[Site], sites: Sequence[Site]) -> list[Site]:
-    """Those of `sites` whose activations depend on what `writes` have, other than these themselves; by a forward."""
+    """Those of `sites`, other than `writes`, whose activations depend on those at `writes`; by one forward."""
     if not sites:
         return []
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)

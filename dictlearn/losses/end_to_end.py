@@ -5,7 +5,7 @@ arXiv 2405.12241).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,17 +18,20 @@ from dictlearn.lm import resolve
 from dictlearn.metrics.behaviour import kl_divergence, log_probs
 from dictlearn.types import DictlearnError, Scalar, Site, Step
 
+if TYPE_CHECKING:
+    from dictlearn.dictionaries.base import Dictionary
+
 MOST_LOGITS = 2**24  # whose log-probabilities are in memory at once, in float32
 
 
 class EndToEnd:
     """`kl` times KL(clean || patched) of the next token, in nats, plus `downstream` times the error at later sites.
 
-    The reconstruction takes the place of the write sites' activations at the counted tokens, and the frozen LM runs
-    on to its logits. Both parts are means over these tokens; the error at a site is the squared error over the site's
-    variance, and sites count alike. `recon` is the factor of the dictionary's own reconstruction loss. In the paper,
-    e2e is the divergence alone, as by default, and e2e + ds has kl=0.5 and `downstream` above 0; the sparsity is the
-    sparsifier's.
+    The reconstruction takes the place of the write sites' activations at the counted tokens, and the frozen LM
+    runs on to its logits. Both parts are means over these tokens; the error at a site is the squared error over
+    the site's variance, and sites count alike. `recon` is the factor of the dictionary's own reconstruction loss.
+    In the paper, e2e is the divergence alone, as by default, and e2e + ds has kl=0.5 and `downstream` above 0; the
+    sparsity is the sparsifier's.
 
     Args:
         kl: weight of the divergence.
@@ -53,6 +56,14 @@ class EndToEnd:
         self.kl, self.downstream, self.names, self.recon_coefficient = kl, downstream, names, recon
         self.writes: tuple[Site, ...] = ()
         self.later: dict[Site, float] = {}
+
+    def check(self, dictionary: Dictionary) -> None:
+        """Raises DictlearnError for a dictionary that would lose its nesting with its reconstruction loss."""
+        if dictionary.nested and self.recon_coefficient == 0:
+            raise DictlearnError(
+                f"end_to_end.recon must be above 0 for a {type(dictionary).__name__}, whose reconstruction loss "
+                "makes it one, got 0."
+            )
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
         """Where later sites may be. Raises DictlearnError for an unknown name."""

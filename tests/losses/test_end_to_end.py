@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.cross_layer import CrossLayer
+from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.dictionaries.matryoshka import Matryoshka
 from dictlearn.lm import CleanRun, activations, reached, resolve
 from dictlearn.losses import end_to_end
 from dictlearn.losses.end_to_end import EndToEnd, mean_kl
@@ -82,7 +86,7 @@ def step_of(dictionary: Linear, clean: CleanRun) -> Step:
     return replace(dictionary.step(x, target, torch.ones(1, dtype=x.dtype)), clean=clean)
 
 
-def bound(lm: PreTrainedModel, dictionary: Linear, variance: float = 2.0, **settings: Any) -> EndToEnd:
+def bound(lm: PreTrainedModel, dictionary: Dictionary, variance: float = 2.0, **settings: Any) -> EndToEnd:
     """Later sites have the variances `variance`, `variance` + 1 ... in their order."""
     term, writes = EndToEnd(**settings), [resolve(lm, name) for name in dictionary.writes]
     later = reached(lm, writes, term.sites(lm))
@@ -128,7 +132,7 @@ def by_hand(lm: PreTrainedModel, dictionary: Linear, family: str, name: str) -> 
         clean = log_softmax(lm)
     x = seen["out" if name == "resid_post.1" else "in"][MASK]
     recon = dictionary(x).recon
-    errors = []
+    errors, patched = [], clean
     for path in layers:
         with hooked(lm, path) as before:
             log_softmax(lm)
@@ -156,6 +160,30 @@ def test_it_is_the_divergence_and_the_later_errors_of_a_patched_forward(
     assert float(term(step)) == pytest.approx(expected, rel=1e-4)
     given = bound(lm, dictionary, kl=0.4, downstream=1.5, sites=["resid_post.2"])
     assert float(given(step)) == pytest.approx(0.4 * kl + 1.5 * errors[2] / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Crosscoder, CrossLayer])
+@torch.no_grad()
+def test_all_write_sites_are_replaced_at_once(
+    model: Callable[[str], PreTrainedModel], kind: type[Crosscoder] | type[CrossLayer]
+) -> None:
+    """By what the dictionary makes of the clean reads."""
+    lm = model("gpt2")
+    reads, writes = [["mlp_in.0", "mlp_in.1"], ["mlp_out.0", "mlp_out.1"]]
+    dictionary = kind(D, D, 40, ReLU(0.1), reads=reads, writes=writes)
+    for parameter in dictionary.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    mlps = [f"transformer.h.{i}.mlp" for i in (0, 1)]
+    with hooked(lm, mlps[0]) as first, hooked(lm, mlps[1]) as second:
+        clean = log_softmax(lm)
+    recon = dictionary(torch.stack([first["in"][MASK], second["in"][MASK]], dim=-2)).recon
+    with hooked(lm, mlps[0], recon[:, 0]), hooked(lm, mlps[1], recon[:, 1]):
+        patched = log_softmax(lm)
+    kl = float((clean.exp() * (clean - patched)).sum(-1).mean())
+    run = clean_run(lm, {*reads, *writes})
+    x, target = dictionary.select_reads(run.acts), dictionary.select_writes(run.acts)
+    step = replace(dictionary.step(x, target, torch.ones(2)), clean=run)
+    assert float(bound(lm, dictionary)(step)) == pytest.approx(kl, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -304,7 +332,7 @@ def test_layer_normed_reconstructions_are_put_back_with_their_own_mean_and_sprea
     with torch.no_grad():
         kl, _ = by_hand(lm, dictionary, "gpt2", "resid_post.1")
     step = step_of(dictionary, clean_run(lm, {"resid_post.1"}))
-    assert float(bound(lm, dictionary)(step)) == pytest.approx(kl, rel=1e-4)
+    assert float(bound(lm, dictionary)(step).detach()) == pytest.approx(kl, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -347,6 +375,13 @@ def test_what_is_reached() -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], rule: str) -> None:
     with pytest.raises(DictlearnError, match=re.escape(rule)):
         unchecked(EndToEnd, **settings)
+
+
+def test_a_nested_dictionary_keeps_its_reconstruction_loss() -> None:
+    with pytest.raises(DictlearnError, match="recon must be above 0 for a Matryoshka, whose"):
+        EndToEnd().check(Matryoshka.tiny())
+    EndToEnd(recon=0.1).check(Matryoshka.tiny())
+    EndToEnd().check(Linear.tiny())
 
 
 def test_without_whole_rows_it_says_so(model: Callable[[str], PreTrainedModel]) -> None:
