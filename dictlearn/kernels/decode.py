@@ -18,11 +18,13 @@ from dictlearn.types import Latents, SparseLatents
 def decode(latents: Latents, W_dec: Float[Tensor, "n_latents width"]) -> Float[Tensor, "*batch width"]:
     """`latents @ W_dec`. Compact latents touch only their own rows, forward and backward.
 
-    The gradient of `W_dec` is summed per row without a `[nnz, width]` intermediate.
+    The gradient of `W_dec` is summed per row without a `[nnz, width]` intermediate. Values of another type, such as
+    those of pre-activations under autocast, are converted.
     """
     if not isinstance(latents, SparseLatents):
         return latents @ W_dec
-    return _Decode.apply(latents.values, latents.indices, latents.offsets, W_dec)  # type: ignore[return-value]
+    values = latents.values.to(W_dec.dtype)
+    return _Decode.apply(values, latents.indices, latents.offsets, W_dec)  # type: ignore[return-value]
 
 
 class _Decode(torch.autograd.Function):

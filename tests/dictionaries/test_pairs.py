@@ -153,6 +153,28 @@ def batch(made: Dictionary, x: Tensor, target: Tensor) -> Batch:
     return Batch(acts, index, index, index)
 
 
+@pairs
+def test_a_step_under_autocast(kind: str, sparsifier: str) -> None:
+    """Products in bfloat16; losses, gradients and what is remembered in float32."""
+    made = trained(kind, sparsifier)
+    x, target = data(made, 300)
+    plain, mixed = copy.deepcopy(made), copy.deepcopy(made)
+    expected = losses(plain, plain.step(x, target, variance(made), DEAD))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = mixed.step(x, target, variance(made), DEAD)
+        found = losses(mixed, step)
+        aux = AuxK()(step)
+    assert aux is not None
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=0)
+    grads = gradients(mixed, torch.stack([aux, *found.values()]).sum())
+    assert {grad.dtype for grad in grads.values() if grad is not None} == {torch.float32}
+    for name, buffer in mixed.named_buffers():
+        assert buffer.dtype == torch.float32
+        torch.testing.assert_close(buffer, plain.get_buffer(name), rtol=1e-2, atol=0)
+
+
 # The power of the activations' scale in which a parameter is, where not 0.
 UNITS = {"b_enc": 1, "b_dec": 1, "b_mag": 1, "threshold": 1, "W_gate": -1}
 N_STEPS = 8

@@ -11,13 +11,34 @@ from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.bilinear import Bilinear
 from dictlearn.dictionaries.crosscoder import Crosscoder
+from dictlearn.dictionaries.gated import Gated
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.dictionaries.matryoshka import Matryoshka
 from dictlearn.hub import save
 from dictlearn.sparsifiers import Sparsifier
+from dictlearn.sparsifiers.abs_top_k import AbsTopK
+from dictlearn.sparsifiers.batch_top_k import BatchTopK
+from dictlearn.sparsifiers.group_max import GroupMax
+from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError, FormatError
+
+
+def trained(sparsifier: Sparsifier, kind: type[Linear] = Linear, **arguments: Any) -> Dictionary:
+    """Any weights, and a threshold where batches give one."""
+    dictionary = kind(6, 6, 64, sparsifier, ["resid_post.2"], ["resid_post.2"], **arguments)
+    for name, parameter in dictionary.named_parameters():
+        if not name.startswith("sparsifier."):
+            parameter.data.normal_()
+    dictionary.read_scale.fill_(0.5)
+    dictionary.write_scale.fill_(0.25)
+    x = torch.randn(50, 6)
+    dictionary.step(x, x, torch.ones(1))
+    return dictionary.for_inference()
+
 
 SITES = {True: (["resid_post.2"], ["resid_post.2"]), False: (["mlp_in.2"], ["mlp_out.2"])}
 
@@ -30,6 +51,7 @@ def made(
     dictionary = Linear(6, d_out, 16, sparsifier, reads, writes, skip=skip, input_norm=input_norm)
     for parameter in dictionary.parameters():
         parameter.data.normal_()
+    dictionary.sparsifier.project_()
     dictionary.read_scale.fill_(0.5)
     dictionary.write_scale.fill_(0.25)
     dictionary.metadata = {"lm_name": "embedded", "ctx": 128, "data": {"kind": "EmbeddedText", "seed": 1}}
@@ -41,12 +63,24 @@ SAE_LENS_CASES: dict[str, Any] = {
     "standard": lambda: made(ReLU(0.1)),
     "topk, layer_norm": lambda: made(TopK(4), input_norm="layer_norm"),
     "standard, layer_norm": lambda: made(ReLU(0.1), input_norm="layer_norm"),
+    "abstopk": lambda: made(AbsTopK(4)),
+    "jumprelu": lambda: made(JumpReLU()),
+    "jumprelu, layer_norm": lambda: made(JumpReLU(), input_norm="layer_norm"),
+    "jumprelu, none, gated": lambda: trained(ReLU(0.1), Gated),
+    "jumprelu, none, batch_top_k": lambda: trained(BatchTopK(4)),
+    "jumprelu, none, matryoshka": lambda: trained(BatchTopK(4), Matryoshka),
+    "topk, none, matryoshka": lambda: trained(TopK(4), Matryoshka),
+    "jumprelu_transcoder": lambda: made(JumpReLU(), autoencoder=False),
+    "jumprelu_skip_transcoder": lambda: made(JumpReLU(), autoencoder=False, skip=True),
     "transcoder": lambda: made(ReLU(0.1), autoencoder=False),
     "skip_transcoder": lambda: made(ReLU(0.1), autoencoder=False, skip=True),
 }
 CASES = SAE_LENS_CASES | {
     "dictlearn_linear, layer_norm": lambda: made(TopK(4), skip=True, input_norm="layer_norm"),
     "dictlearn_linear": lambda: made(TopK(4), autoencoder=False, skip=True),
+    "dictlearn_linear, none, group_max": lambda: made(GroupMax(4)),
+    "dictlearn_linear, none, abs_top_k": lambda: made(AbsTopK(4), autoencoder=False),
+    "dictlearn_bilinear": lambda: Bilinear.tiny().for_inference(),
     "dictlearn_crosscoder": lambda: Crosscoder.tiny().for_inference(),
 }
 
@@ -67,11 +101,16 @@ def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
         "b_enc"
     ]
     norms = w["W_dec"].norm(dim=-1)
-    if cfg["architecture"] == "topk":
+    if cfg["architecture"] in ("topk", "abstopk"):
         pre = pre * norms if cfg["rescale_acts_by_decoder_norm"] else pre
-        values, indices = pre.topk(cfg["k"], dim=-1)
-        latents = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+        signed = cfg["architecture"] == "abstopk"
+        indices = (pre.abs() if signed else pre).topk(cfg["k"], dim=-1).indices
+        values = pre.gather(-1, indices)
+        latents = torch.zeros_like(pre).scatter(-1, indices, values if signed else values.relu())
+    elif cfg["architecture"].startswith("jumprelu"):
+        latents = pre.relu() * (pre > w["threshold"])
     else:
+        assert cfg["architecture"] in ("standard", "transcoder", "skip_transcoder")
         latents = pre.relu()
     coded = latents / norms if cfg.get("rescale_acts_by_decoder_norm") else latents
     recon = coded @ w["W_dec"] + w["b_dec"]
@@ -85,8 +124,8 @@ def test_round_trip(tmp_path: Path, case: str) -> None:
     loaded = dictlearn.load(tmp_path)
     assert isinstance(loaded, Dictionary)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
-    architecture, _, input_norm = case.partition(", ")
-    assert (cfg["architecture"], cfg["normalize_activations"]) == (architecture, input_norm or "none")
+    architecture, input_norm, *_ = [*case.split(", "), "none"]
+    assert (cfg["architecture"], cfg["normalize_activations"]) == (architecture, input_norm)
     for name, parameter in dictionary.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name))
     assert (loaded.reads, loaded.writes, loaded.metadata) == (
@@ -110,6 +149,7 @@ def test_sae_lens_reads_the_same_function(tmp_path: Path, case: str, scale: floa
     torch.testing.assert_close(dictionary(x).recon.double(), recon, rtol=1e-5, atol=1e-5 * scale)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert {"d_in", "d_sae", "dtype", "metadata"} <= set(cfg)
+    assert not cfg["apply_b_dec_to_input"]
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"
     hook = "blocks.2.hook_resid_post" if dictionary.is_autoencoder else "blocks.2.mlp.hook_in"
     assert cfg["metadata"]["hook_name"] == hook
@@ -137,6 +177,20 @@ def test_files_of_sae_lens_are_read_by_its_rule(tmp_path: Path, bias: bool, resc
     torch.testing.assert_close(loaded.encode(x).double(), latents, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loaded(x).recon.double(), recon, rtol=1e-4, atol=1e-4)
     assert loaded.reads == loaded.writes == ("mlp_out.7",)
+
+
+def test_a_jump_relu_of_sae_lens_is_read_by_its_rule(tmp_path: Path) -> None:
+    """A threshold below 0 lets no negative latent through there."""
+    foreign(tmp_path, architecture="jumprelu", rescale_acts_by_decoder_norm=False)
+    change_weights(tmp_path, threshold=torch.linspace(-2.0, 2.0, 16))
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    x = torch.randn(300, 6)
+    latents, recon = sae_lens_rule(tmp_path, x)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x).recon.double(), recon, rtol=1e-4, atol=1e-4)
+    assert (latents >= 0).all()
+    assert loaded.sparsifier.kind == "jump_relu"
 
 
 def change_cfg(folder: Path, **changes: Any) -> None:

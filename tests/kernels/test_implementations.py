@@ -86,6 +86,16 @@ class TestProductsWithFewRows:
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_of_sixteen_bits_are_decoded_with_weights_of_thirty_two(dtype: torch.dtype) -> None:
+    latents, rows = ragged([3, 0, 17, 1], 33), draw(33, 5).requires_grad_()
+    values = latents.values.to(dtype).requires_grad_()
+    found = decode(latents._replace(values=values), rows)
+    assert_close(found, reference.decode(double(latents._replace(values=values)), rows.double()))
+    by_value, by_row = torch.autograd.grad(found.square().sum(), [values, rows])
+    assert (by_value.dtype, by_row.dtype) == (dtype, torch.float32)
+
+
 def test_gradients_of_latents_that_every_token_has() -> None:
     """Hundreds of entries of one latent are summed in pieces; its neighbours have one, or none."""
     n_tokens, n_latents, d = 450, 9, 20

@@ -2,16 +2,23 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.bilinear import Bilinear
 from dictlearn.dictionaries.crosscoder import Crosscoder
+from dictlearn.dictionaries.gated import Gated
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.dictionaries.matryoshka import Matryoshka
+from dictlearn.losses import aux_k
 from dictlearn.losses.aux_k import AuxK
 from dictlearn.losses.recon import recon_loss
+from dictlearn.sparsifiers.abs_top_k import AbsTopK
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.types import DictlearnError, Step
 from tests.sparsifiers.unchecked import unchecked
@@ -66,6 +73,48 @@ def test_aux_k_by_hand(k: int) -> None:
     fvu = (residual - recon).square().sum() / (residual - residual.mean(0)).square().sum()
     expected = 0.25 * min(1.0, len(DEAD) / k) * fvu
     torch.testing.assert_close(AuxK(0.25, k)(step), expected)
+
+
+def bilinear_products(d: Dictionary, x: Tensor) -> Tensor:
+    return (x @ d.W_enc + d.b_enc) * (x @ d.get_parameter("W_gate") + d.get_parameter("b_gate"))
+
+
+OTHERS: dict[str, tuple[Callable[[], Dictionary], Callable[[Dictionary, Tensor], Tensor]]] = {
+    "signed": (lambda: Linear(6, 6, 16, AbsTopK(4)), lambda d, x: x @ d.W_enc + d.b_enc),
+    "gated": (Gated.tiny, lambda d, x: x @ d.W_enc + d.b_enc),  # dead are those whose gates are closed
+    "bilinear": (Bilinear.tiny, bilinear_products),
+    "matryoshka": (Matryoshka.tiny, lambda d, x: x @ d.W_enc + d.b_enc),
+    "signed bilinear": (lambda: Bilinear(6, 6, 16, AbsTopK(4)), bilinear_products),
+}
+
+
+@pytest.mark.parametrize("k", [2, 9])
+@pytest.mark.parametrize("sparse", [False, True])  # the other way of choosing among many dead latents
+@pytest.mark.parametrize("kind", OTHERS)
+def test_aux_k_of_other_dictionaries(kind: str, sparse: bool, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pre-activations are those of the kind; of signed latents the largest by size count, with their signs."""
+    monkeypatch.setattr(aux_k, "DENSE_BELOW", 0 if sparse else 16)
+    make, pre_activations = OTHERS[kind]
+    d = make()
+    for parameter in d.parameters():
+        parameter.data.normal_()
+    x = torch.randn(32, 6)
+    step = d.step(x, x, torch.ones(1), DEAD)
+    pre, signed = pre_activations(d, x)[:, DEAD], kind.startswith("signed")
+    kept = torch.zeros_like(pre)
+    for t, row in enumerate(pre.tolist()):
+        for i in sorted(range(4), key=lambda i, row=row: -abs(row[i]) if signed else -row[i])[:k]:
+            kept[t, i] = pre[t, i] if signed else pre[t, i].clamp(min=0)
+    residual = (step.target - step.recon).detach()
+    fvu = (residual - kept @ d.W_dec[DEAD]).square().sum() / (residual - residual.mean(0)).square().sum()
+    found, expected = AuxK(0.25, k)(step), 0.25 * min(1.0, 4 / k) * fvu
+    assert found is not None
+    torch.testing.assert_close(found, expected)
+    parameters = list(d.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(found, parameters, allow_unused=True, materialize_grads=True),
+        torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True),
+    )
 
 
 def test_aux_k_takes_half_the_read_width_by_default() -> None:

@@ -14,10 +14,16 @@ from torch.utils._pytree import tree_leaves
 
 from dictlearn.data import Batch
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.bilinear import Bilinear
 from dictlearn.dictionaries.crosscoder import Crosscoder
+from dictlearn.dictionaries.gated import Gated
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.dictionaries.matryoshka import Matryoshka
 from dictlearn.losses.aux_k import AuxK
 from dictlearn.sparsifiers import Sparsifier
+from dictlearn.sparsifiers.abs_top_k import AbsTopK
+from dictlearn.sparsifiers.group_max import GroupMax
+from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.gradients import with_gradients
@@ -65,6 +71,12 @@ CASES: dict[str, tuple[Callable[[], Dictionary], AuxK | None]] = {
     "transcoder": (lambda: sae(TopK(4), writes=("y",), skip=True), AuxK(0.5)),
     "layer_norm": (lambda: sae(TopK(4), input_norm="layer_norm"), AuxK(0.5)),
     "several sites": (lambda: sae(TopK(4), Crosscoder, reads=SITES, writes=SITES, skip=True), AuxK(0.5)),
+    "signed": (lambda: sae(AbsTopK(4)), AuxK(0.5)),
+    "group_max": (lambda: sae(GroupMax(4)), AuxK(0.5)),
+    "jump_relu": (lambda: sae(JumpReLU(0.3, threshold=0.2, pre_act_coefficient=0.2)), AuxK(0.5)),
+    "gated": (lambda: sae(ReLU(0.3), Gated), AuxK(0.5)),
+    "matryoshka": (lambda: sae(TopK(4), Matryoshka), AuxK(0.5)),
+    "bilinear": (lambda: sae(TopK(4), Bilinear), AuxK(0.5)),
     "a spare parameter": (lambda: sae(ReLU(0.3), Spare), AuxK(0.5)),
 }
 
@@ -92,7 +104,7 @@ def whole(made: Learner, data: Batch) -> tuple[Tensor, list[Tensor | None]]:
     """Loss and gradients without chunks: plain autograd through the terms, each on the whole batch."""
     d = made.dictionary
     step = d.step(d.select_reads(data.acts), d.select_writes(data.acts), made.variance, made.statistics.dead)
-    parts = [*d.losses(step).values(), d.sparsifier.penalty(step), *(term(step) for term in made.terms.values())]
+    parts = [*d.losses(step).values(), d.penalty(step), *(term(step) for term in made.terms.values())]
     loss = sum((part for part in parts if part is not None), torch.zeros(()))
     return loss, list(torch.autograd.grad(loss, list(d.parameters()), allow_unused=True))
 
@@ -313,5 +325,7 @@ def test_sizes_that_are_none_are_refused(value: str, message: str) -> None:
 )
 def test_what_looks_at_the_whole_batch_cannot_be_cut(kind: str, overrides: list[str]) -> None:
     """Said before the LM is loaded."""
-    rule = f"micro_batch_size=100 needs a sparsifier that looks at one token at a time; {kind}, as resid_post.1 has it"
+    rule = (
+        f"micro_batch_size=100 needs a sparsifier that looks at one token at a time; {kind}, as resid_post.1 has it"
+    )
     assert rule in problems(*overrides, "micro_batch_size=100", "experiment=single", "site=resid_post.1")
