@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from dictlearn.config import ConfigError
 from dictlearn.lm import skeleton
-from dictlearn.training.points import entries, expand_sites, points
+from dictlearn.training.points import LONGEST_NAME, entries, expand_sites, name_of, points
 from dictlearn.types import DictlearnError
 from tests.runs import composed
 from tests.tiny_lms import tiny_lm_folder
@@ -118,6 +118,84 @@ def test_wrong_sites_are_refused(model: PreTrainedModel, sites: str, message: st
 def test_a_glob_of_a_parallel_model_leaves_out_what_it_lacks(tmp_path: Path) -> None:
     parallel = skeleton(str(tiny_lm_folder(tmp_path / "neox", "gpt_neox", n_layers=2)))
     assert expand_sites("resid_*.0", parallel) == ["resid_pre.0", "resid_post.0"]
+
+
+def sites_of_single(model: PreTrainedModel, *overrides: str) -> tuple[str, list[str], list[str]]:
+    """Name, reads and writes of the one dictionary of a run."""
+    (entry,) = entries(composed("train", ["experiment=single", *overrides]), model)
+    return entry.name, [site.name for site in entry.reads], [site.name for site in entry.writes]
+
+
+def test_one_dictionary_over_several_sites(model: PreTrainedModel) -> None:
+    stream = [f"resid_post.{layer}" for layer in range(4)]
+    assert sites_of_single(model, "dictionary=crosscoder", "site=resid_post.*") == (
+        "resid_post.0-3",
+        stream,
+        stream,
+    )
+    some = ["resid_pre.0", "attn_out.2"]  # in the order of the modules, however they are listed
+    expected = ("resid_pre.0_attn_out.2", some, some)
+    assert sites_of_single(model, "dictionary=crosscoder", "site=[attn_out.2,resid_pre.0]") == expected
+    one = sites_of_single(model, "dictionary=crosscoder", "site=resid_post.1")
+    assert one == ("resid_post.1", ["resid_post.1"], ["resid_post.1"])
+    reads, writes = ([f"{kind}.{layer}" for layer in range(4)] for kind in ("mlp_in", "mlp_out"))
+    assert sites_of_single(model, "dictionary=cross_layer", "site=mlp.*") == ("mlp_out.0-3", reads, writes)
+    backwards = sites_of_single(model, "dictionary=cross_layer", "site=[mlp.3,mlp.1,mlp.2]")
+    assert backwards == ("mlp_out.1-3", reads[1:], writes[1:])
+    acausal = sites_of_single(model, "dictionary=crosscoder", "dictionary.transcodes=true", "site=mlp.*")
+    assert acausal == ("mlp_out.0-3", reads, writes)
+
+
+@pytest.mark.parametrize(
+    ("writes", "name"),
+    [
+        (["resid_post.2"], "resid_post.2"),
+        (["a.8", "a.9", "a.10"], "a.8-10"),
+        (["a.0", "a.2", "a.3", "b.4"], "a.0_a.2-3_b.4"),
+        (["embed", "resid_post.0"], "embed_resid_post.0"),
+        (["h.0.mlp:in", "h.1.mlp:in"], "h.0.mlp-in_h.1.mlp-in"),
+    ],
+)
+def test_names_of_several_sites(writes: list[str], name: str) -> None:
+    assert name_of(writes) == name
+
+
+def test_long_names_end_in_a_hash() -> None:
+    sites = [f"transformer.h.{layer}.mlp" for layer in range(40)]
+    names = {name_of(sites), name_of(sites[:-1]), name_of(sites[:-2])}
+    assert len(names) == 3
+    assert all(LONGEST_NAME < len(name) <= LONGEST_NAME + 9 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["site=resid_post.*"],
+            r"site must be a name .*got 'resid_post\.\*': sites=\.\.\. trains a dictionary at each",
+        ),
+        (
+            ["site=[resid_post.0,resid_post.1]"],
+            r"site must be a name .*got \['resid_post.0', .*sites=\.\.\. trains",
+        ),
+        (["site=3"], "site must be a name such as resid_post.2, got 3"),
+        (["dictionary=crosscoder"], "site is required: .*or 'resid_post.*' for a dictionary over several sites"),
+        (
+            ["dictionary=crosscoder", "sites=resid_post.*"],
+            "is one dictionary over several sites, and sites='resid_post.*' asks for one at each: give site",
+        ),
+        (["dictionary=crosscoder", "site=resid_pots.*"], "site: 'resid_pots.*' matches no site of this model"),
+        (["dictionary=crosscoder", "site=[]"], "site is a list of site names or a glob"),
+        (["dictionary=crosscoder", "site=mlp.*"], "a crosscoder writes what it reads.*or dictionary=cross_layer"),
+        (["dictionary=cross_layer", "site=resid_post.*"], "a transcoder needs a site that reads and writes"),
+        (["dictionary=crosscoder", "site=[resid_post.0,resid_post.9]"], "layer must be 0 to 3"),
+    ],
+)
+def test_wrong_sites_of_one_dictionary_are_refused(
+    model: PreTrainedModel, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(DictlearnError, match=message):
+        entries(composed("train", ["experiment=single", *overrides]), model)
 
 
 def test_one_dictionary_can_have_values_of_its_own(model: PreTrainedModel) -> None:
