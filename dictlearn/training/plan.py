@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from dictlearn.config import build
-from dictlearn.data import TextData
+from dictlearn.data import RowData
 from dictlearn.data.manifest import bytes_per_activation, read_manifest
 from dictlearn.data.module import store_folder
 from dictlearn.data.stored import SHARD_BYTES
@@ -22,6 +22,7 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary
 from dictlearn.training.points import Entry, entries, sites_of
+from dictlearn.training.terms import lm_terms
 from dictlearn.types import Site
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,9 +52,9 @@ def plan(cfg: DictConfig) -> Plan:
 
     The widths of sites that are known by module path alone count as the LM's width.
     """
-    model = skeleton(cfg.lm.name, cfg.lm.revision)
+    text: RowData = build(cfg.data)
+    model = text.own_skeleton() or skeleton(cfg.lm.name, cfg.lm.revision)
     found = entries(cfg, model)
-    text: TextData = build(cfg.data)
     n_bytes = BYTES[lm_dtype(cfg)]
     reads = reads_store(text)
     width = sum(_width(model, site) for site in sites_of(found))
@@ -66,18 +67,22 @@ def plan(cfg: DictConfig) -> Plan:
     pooled = n_bytes if text.store is None else BYTES[text.store_dtype]
     n_stored = 0 if text.store is None else n_steps * per_batch
     store_disk = n_stored * bytes_per_activation(width, text.store_dtype)
+    passes = _lm_passes(found)
+    logits = 3 * per_batch * model.config.get_text_config().vocab_size if passes else 0  # two, and a gradient
     n_parameters = sum(p.numel() for d in dictionaries for p in d.parameters())
     return Plan(
         n_steps=n_steps,
         tokens_per_step=per_batch,
-        lm_memory=sum(p.numel() for p in model.parameters()) * n_bytes,
+        lm_memory=(sum(p.numel() for p in model.parameters()) + logits) * n_bytes,
         pool_memory=2 * min(SHARD_BYTES, store_disk) + (0 if reads else _pool(text, cfg.stream, width, pooled)),
         dictionary_memory=n_parameters * (STATE_BYTES + GRADIENT_BYTES),
-        token_disk=int(n_read * (2 if model.config.get_text_config().vocab_size < 2**16 else 4)),
+        token_disk=n_read * (2 if model.config.get_text_config().vocab_size < 2**16 else 4) if text.is_text else 0,
         checkpoint_disk=2 * n_parameters * STATE_BYTES,  # the old one goes when the new one is whole
         dictionary_disk=n_parameters * 4,
         store_disk=store_disk,
-        lm_flops=0.0 if reads else n_read * 2 * _lm_parameters_used(model, sites_of(found)),
+        lm_flops=0.0
+        if reads
+        else n_read * 2 * (_lm_parameters_used(model, sites_of(found)) + passes * _lm_parameters(model)),
         dictionary_flops=cfg.n_tokens * sum(_flops_per_token(d) for d in dictionaries),
     )
 
@@ -104,12 +109,14 @@ def show(planned: Plan, cfg: DictConfig, console: Console) -> None:
     }
     if not planned.store_disk:
         del rows["disk: activations of data.store"]
+    if not planned.token_disk:
+        del rows["disk: token rows"]
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
 
 
-def reads_store(text: TextData) -> bool:
+def reads_store(text: RowData) -> bool:
     """Whether the run reads its activations from a store that is complete."""
     manifest = None if text.store is None else read_manifest(store_folder(text.store))
     return manifest is not None and manifest.complete
@@ -128,11 +135,23 @@ def _width(model: PreTrainedModel, site: Site) -> int:
     return site_width(model, site) or model.config.get_text_config().hidden_size
 
 
-def _pool(text: TextData, stream: str, width: int, n_bytes: int) -> int:
+def _pool(text: RowData, stream: str, width: int, n_bytes: int) -> int:
     """Bytes of activations that wait; `width` summed over the sites."""
     if stream == "sequences":
         return text.lm_batch_rows * text.ctx * width * n_bytes
     return math.ceil(text.block_rows * text.ctx * (text.n_slices + 1) / 2 * (width * n_bytes + 24))
+
+
+def _lm_passes(found: Sequence[Entry]) -> int:
+    """Of terms that look at the LM: a forward for all, and there and back for each dictionary."""
+    n_looking = sum(bool(lm_terms(build(entry.config.objective))) for entry in found)
+    return 1 + 2 * n_looking if n_looking else 0
+
+
+def _lm_parameters(model: PreTrainedModel) -> int:
+    """Parameters that a whole forward multiplies with: the layers and the logits."""
+    config = model.config.get_text_config()
+    return _lm_parameters_used(model, ()) + config.vocab_size * config.hidden_size
 
 
 def _lm_parameters_used(model: PreTrainedModel, sites: Sequence[Site]) -> int:

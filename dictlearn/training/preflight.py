@@ -19,7 +19,7 @@ from dictlearn.config import (
     unused_overrides,
     value_problems,
 )
-from dictlearn.data import TextData
+from dictlearn.data import RowData
 from dictlearn.data.module import asked_of_text, store_folder, store_setting_problem
 from dictlearn.data.store import store_problems
 from dictlearn.dictionaries import Dictionary
@@ -29,6 +29,7 @@ from dictlearn.lm import site_width, skeleton
 from dictlearn.training.build import build_dictionary, starting_dictionaries
 from dictlearn.training.plan import lm_dtype
 from dictlearn.training.points import Entry, entries, nodes, points, sites_of
+from dictlearn.training.resampling import Resample
 from dictlearn.training.terms import LossTerm, check_chunks, check_terms, lm_terms, micro_batch_problem
 
 PARTS = ("objective", "optimizer", "schedule")
@@ -47,8 +48,9 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
         found.append(f"run_dir {cfg.run_dir} is not empty: choose another one, or resume={cfg.run_dir}")
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         found.append("trainer=gpu needs a CUDA device, and torch finds none: use trainer=cpu")
-    model = _skeleton(cfg, found)
-    text = _check_text(cfg, model, found)
+    text = None if OmegaConf.missing_keys(cfg.data) else collect(found, lambda: build(cfg.data))
+    model = _skeleton(cfg, text, found)
+    text = _check_text(cfg, text, model, found)
     collect(found, lambda: _check_loggers(cfg))
     collect(found, lambda: build_blocks(cfg.evaluation))
     if added := sorted(set(cfg.trainer) - set(TRAINER_KEYS)):
@@ -63,12 +65,21 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
     for entry in dictionaries:
         _check_dictionary(entry, model, starts, micro_batch_size, found)
         _check_lm_terms(cfg, entry, model, found)
+        _check_resampling(cfg, entry, found)
     if not dictionaries:
         _check_parts(cfg, found)
     return list(dict.fromkeys(found))
 
 
-def _skeleton(cfg: DictConfig, found: list[str]) -> PreTrainedModel | None:
+def _skeleton(cfg: DictConfig, text: RowData | None, found: list[str]) -> PreTrainedModel | None:
+    if text is not None and not text.is_text:
+        if cfg.lm.name is not None:
+            found.append(
+                f"{text.title} come without a language model, at the one site planted, but lm.name is "
+                f"{cfg.lm.name!r}: add experiment=planted, which has lm=none, data=planted and that site"
+            )
+            return None
+        return collect(found, text.own_skeleton)
     if OmegaConf.missing_keys(cfg.lm):
         return None
     if not isinstance(cfg.lm.name, str):
@@ -92,10 +103,9 @@ def _check_loggers(cfg: DictConfig) -> None:
     build(nodes)
 
 
-def _check_text(cfg: DictConfig, model: PreTrainedModel | None, found: list[str]) -> TextData | None:
-    if OmegaConf.missing_keys(cfg.data):
-        return None
-    text: TextData | None = collect(found, lambda: build(cfg.data))
+def _check_text(
+    cfg: DictConfig, text: RowData | None, model: PreTrainedModel | None, found: list[str]
+) -> RowData | None:
     if text is not None:
         config = model.config.get_text_config() if model is not None else None
         found += text.problems(getattr(config, "max_position_embeddings", None))
@@ -107,7 +117,7 @@ def _check_text(cfg: DictConfig, model: PreTrainedModel | None, found: list[str]
 
 def _check_store(
     cfg: DictConfig,
-    text: TextData,
+    text: RowData,
     model: PreTrainedModel | None,
     dictionaries: Sequence[Entry],
     found: list[str],
@@ -167,6 +177,9 @@ def _check_lm_terms(cfg: DictConfig, entry: Entry, model: PreTrainedModel | None
         return
     assert model is not None
     names = ", ".join(f"objective.{name}" for name in terms)
+    if not model.config.get_text_config().vocab_size:  # it has nothing else that one could look at
+        found.append(f"{names} needs the predictions of a language model, and these data have none of them")
+        return
     if cfg.stream != "sequences":
         found.append(f"{names} runs the LM on whole rows: use stream=sequences, got stream={cfg.stream}")
     if (store := OmegaConf.select(cfg, "data.store")) is not None:
@@ -175,6 +188,13 @@ def _check_lm_terms(cfg: DictConfig, entry: Entry, model: PreTrainedModel | None
         found.append(problem)
     for term in terms.values():
         collect(found, lambda t=term: t.sites(model))
+
+
+def _check_resampling(cfg: DictConfig, entry: Entry, found: list[str]) -> None:
+    built = collect([], lambda: build(entry.config.objective))  # what does not build is said of the part
+    if isinstance(built, Mapping) and is_count(cfg.n_tokens, 1):
+        terms = [term for term in built.values() if isinstance(term, Resample)]
+        found += [problem for term in terms if (problem := term.problem(cfg.n_tokens))]
 
 
 def _check_parts(cfg: DictConfig, found: list[str]) -> None:

@@ -25,6 +25,7 @@ from dictlearn.training.callbacks import RandomState, periodic_checkpoint
 from dictlearn.training.learner import Learner
 from dictlearn.training.module import DictionaryTraining, Member
 from dictlearn.training.optimizers import Adam
+from dictlearn.training.plan import plan
 from dictlearn.training.run import check
 from dictlearn.training.schedules import WarmupDecay
 from dictlearn.types import DictlearnError, Step
@@ -205,9 +206,42 @@ def test_what_cannot_work_is_said_before_the_lm_loads(overrides: list[str], mess
     assert len(error.value.problems) <= 2
 
 
+def test_planted_data_predict_nothing() -> None:
+    given = ["experiment=planted", "objective=end_to_end"]
+    with pytest.raises(ConfigError) as error:
+        check(composed("train", given), given)
+    (problem,) = error.value.problems
+    assert (
+        problem
+        == "objective.end_to_end needs the predictions of a language model, and these data have none of them"
+    )
+
+
+def test_a_nested_dictionary_is_refused_before_the_lm_loads() -> None:
+    given = [*DOOR, "site=resid_post.1", "dictionary=matryoshka"]
+    with pytest.raises(ConfigError, match="recon must be above 0 for a Matryoshka"):
+        check(composed("train", given), given)
+
+
+def test_the_plan_counts_the_passes_of_the_lm() -> None:
+    """A forward for the clean logits, and a forward and a backward for each of two dictionaries."""
+    given = ["experiment=single", "sites=[resid_post.1,resid_post.3]", "stream=sequences"]
+    plain, ours = (plan(composed("train", [*given, f"objective={name}"])) for name in ("plain", "end_to_end"))
+    assert ours.lm_flops > 5 * plain.lm_flops  # up to resid_post.3, without logits
+    assert ours.lm_flops < 8 * plain.lm_flops
+    assert ours.lm_memory - plain.lm_memory == 3 * 4 * 8 * 127 * 746  # logits of 8 rows, float32
+    assert ours.dictionary_flops == plain.dictionary_flops
+
+
 def test_a_run_learns_what_the_lm_predicts(tmp_path: Path) -> None:
     """The loss is the divergence in nats, which falls; a term of later sites has their activations captured."""
-    small = ("n_tokens=6_000", "data.ctx=32", "optimizer.lr=3e-3", "~evaluation.blocks.reconstruction")
+    small = (
+        "n_tokens=6_000",
+        "data.ctx=32",
+        "optimizer.lr=3e-3",
+        "evaluation.n_tokens=1_000",
+        "~evaluation.blocks.reconstruction",
+    )
     grid = "grid={objective.end_to_end.downstream:[0.0,0.3]}"
     results = run_train(tmp_path / "run", *DOOR, "site=resid_post.2", grid, *small)
     assert not results.errors
