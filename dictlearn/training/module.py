@@ -82,7 +82,7 @@ class DictionaryTraining(L.LightningModule):
         # Here and not in a batch-end hook: checkpoints are saved before those run.
         super().optimizer_step(*args, **kwargs)
         for member in self.members:
-            member.learner.dictionary.project_()
+            self._optimizer.project_(member.learner.dictionary)
         self.zero_grad()  # a batch in chunks takes its gradients before Lightning would free these
 
     def on_train_batch_start(self, batch: Batch | Sequences, batch_idx: int) -> None:

@@ -33,6 +33,7 @@ from dictlearn.types import DictlearnError
 from tests.runs import ROOT
 
 CHOICES = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+SITES = {Linear: ("a",), Crosscoder: ("a", "b"), CrossLayer: ("a", "b")}
 ADAM = Adam(1e-3, 1.0, (0.9, 0.999), 6.25e-10, 1.0)
 MUON = Muon(2e-2, 0.95, 0.0, 1e-3, 1.0, (0.9, 0.999), 6.25e-10, 1.0)
 SIGN = SignSGD(1e-2, 1.0, 0.9)
@@ -93,6 +94,34 @@ def test_schedule_free_sign_sgd_is_the_paper_s(momentum: float) -> None:
         torch.testing.assert_close(p.detach(), x.float(), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", [Linear, CrossLayer])
+def test_all_three_sequences_are_scaled_where_the_decoder_is_unit(kind: type[Dictionary]) -> None:
+    writes = ("c", "d") if kind is CrossLayer else SITES[kind]
+    dictionary = kind(5, 5, 16, TopK(4), SITES[kind], writes, decoder_norm="unit")
+    for p in dictionary.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+    dictionary.project_()
+    optimizer = build_optimizer([(dictionary, SignSGD(0.1, 1.0, 0.9)), (Linear.tiny(), ADAM)])
+    decoders = dictionary.decoders
+    x = [rows.detach().double() for rows in decoders]
+    y, z = list(x), list(x)
+    for step in range(8):
+        set_gradients(dictionary, step)
+        for i, rows in enumerate(decoders):
+            assert rows.grad is not None
+            z[i] = z[i] - 0.1 * rows.grad.double().sign()
+            x[i] = (step * x[i] + z[i]) / (step + 1)  # equal rates: the plain mean
+            y[i] = 0.1 * z[i] + 0.9 * x[i]
+            norm = y[i].flatten(1).norm(dim=-1).view(-1, *[1] * (y[i].ndim - 1))
+            x[i], y[i], z[i] = x[i] / norm, y[i] / norm, z[i] / norm
+        optimizer.step()
+        optimizer.project_(dictionary)
+    for i, rows in enumerate(decoders):
+        torch.testing.assert_close(rows.detach(), y[i].float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(optimizer.state[rows]["z"], z[i].float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cast(Tensor, optimizer.average(rows)), x[i].float(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_average_is_on_the_constraint_set_and_training_goes_on_from_what_it_was() -> None:
     dictionary = Linear(6, 6, 16, JumpReLU(), decoder_norm="unit")
     dictionary.initialise_(torch.Generator().manual_seed(0), torch.zeros(1, 6), torch.zeros(1, 6))
@@ -100,12 +129,8 @@ def test_the_average_is_on_the_constraint_set_and_training_goes_on_from_what_it_
     for step in range(5):
         set_gradients(dictionary, step)
         optimizer.step()
-        dictionary.project_()
-    before = copies(dictionary)
-    raw = optimizer.average(dictionary.W_dec)
-    assert raw is not None
-    z = optimizer.state[dictionary.W_dec]["z"]
-    torch.testing.assert_close(0.1 * z + 0.9 * raw, dictionary.W_dec.detach())  # the average moved with y
+        optimizer.project_(dictionary)
+    before, raw = copies(dictionary), cast(Tensor, optimizer.average(dictionary.W_dec))
     assert (raw.norm(dim=-1) - 1).abs().max() > 1e-2
     trained = average_(optimizer, dictionary)
     torch.testing.assert_close(dictionary.W_dec.norm(dim=-1), torch.ones(16))
@@ -145,9 +170,6 @@ def matrices_of(dictionary: Dictionary) -> dict[str, list[Tensor]]:
         "W_dec": [dictionary.W_dec.detach().reshape(-1, n_sites * 5).clone()],
         "W_skip": [W_skip.reshape(n_sites * 5, n_sites * 5).clone()],
     }
-
-
-SITES = {Linear: ("a",), Crosscoder: ("a", "b"), CrossLayer: ("a", "b")}
 
 
 @pytest.mark.parametrize("kind", [Linear, Crosscoder, CrossLayer])

@@ -25,6 +25,10 @@ def lr_law(rate: float, n_latents: int) -> float:
 class RunOptimizer(Optimizer):
     """A torch optimizer that a run can save, average and restart rows of."""
 
+    def project_(self, dictionary: Dictionary) -> None:
+        """After a step: `dictionary` back onto its constraint set."""
+        dictionary.project_()
+
     def average(self, weight: Tensor) -> Tensor | None:  # noqa: ARG002
         """What is evaluated in place of `weight`; None where that is `weight` itself."""
         return None
@@ -98,6 +102,9 @@ class Together(RunOptimizer):
         for part in self.parts:
             part.step()
         return loss
+
+    def project_(self, dictionary: Dictionary) -> None:
+        self._part_of[dictionary.b_dec].project_(dictionary)
 
     def average(self, weight: Tensor) -> Tensor | None:
         return self._part_of[weight].average(weight)

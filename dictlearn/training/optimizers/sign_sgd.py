@@ -56,8 +56,10 @@ class ScheduleFreeSign(RunOptimizer):
         z' = z - r_t sign(g);  x' = (1 - c) x + c z';  y' = (1 - b) z' + b x'
         c = R_t^2 / sum over s <= t of R_s^2, where R_t is the largest learning rate so far
 
-    The parameters hold y, the state z; x follows from both. What projects the parameters after a step moves y, and
-    x with it. With u = sign(g), y' = (1 - c) y + c z + r_t (b (1 - c) - 1) u: a step takes four passes.
+    The parameters hold y, the state z; x follows from both. With u = sign(g), y' = (1 - c) y + c z +
+    r_t (b (1 - c) - 1) u: a step takes four passes. Where decoder rows are unit, y is projected after a step, and z
+    and x are scaled alike: z, which nothing else holds, would grow until y were mostly z. The average is projected
+    where it is taken.
     """
 
     def __init__(self, groups: list[Group]) -> None:
@@ -85,6 +87,16 @@ class ScheduleFreeSign(RunOptimizer):
         if "z" not in state:
             state["z"] = weight.detach().clone()
         return state["z"]
+
+    @torch.no_grad()
+    def project_(self, dictionary: Dictionary) -> None:
+        unit = [rows for rows in dictionary.decoders if "z" in self.state.get(rows, {})]
+        unit = unit if dictionary.decoder_norm == "unit" else []
+        norms = [rows.flatten(1).norm(dim=-1) for rows in unit]
+        dictionary.project_()
+        for rows, norm in zip(unit, norms, strict=True):
+            scale = torch.where(norm > 0, norm, 1.0)
+            self.state[rows]["z"].div_(scale.view(-1, *[1] * (rows.ndim - 1)))
 
     def average(self, weight: Tensor) -> Tensor | None:
         if "z" not in self.state.get(weight, {}):
