@@ -71,6 +71,12 @@ class Gated(Linear):
         recon = decode(step.pre_acts.relu(), self.flat_W_dec.detach()) + self.offset(step.x).detach()
         return {"recon": recon_loss(step), "gate": recon_loss(step, step.target - recon)}
 
+    def decoder_norms(self) -> Float[Tensor, " n_latents"]:
+        """Constants in the penalty: relu(gate) writes through a frozen decoder, so nothing would hold norms up that
+        the penalty pulls down, while r_mag makes up for them.
+        """
+        return super().decoder_norms().detach()
+
     def penalty(self, step: Step) -> Scalar | None:
         assert step.pre_acts is not None
         return self.sparsifier.penalty(replace(step, latents=step.pre_acts.relu()))

@@ -79,7 +79,7 @@ def test_the_gate_loss_has_a_frozen_decoder_and_the_penalty_leaves_magnitudes(sk
     assert reached(made.losses(step)["gate"]) == {"W_enc", "b_enc"}
     penalty = made.penalty(step)
     assert penalty is not None
-    assert reached(penalty) == {"W_enc", "b_enc", "W_dec"}
+    assert reached(penalty) == {"W_enc", "b_enc"}
 
 
 def test_inference_is_a_jump_relu() -> None:
