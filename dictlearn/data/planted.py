@@ -70,11 +70,11 @@ class Planted(RowData):
         offset: norm of a constant that is added to every activation.
     """
 
-    d: int = 64
+    d: int = 128
     n_features: int = 256
-    l0: float = 8.0
-    zipf_exponent: float = 1.0
-    min_rate: float = 0.002
+    l0: float = 12.0
+    zipf_exponent: float = 0.5
+    min_rate: float = 0.001
     magnitude: str = "normal"
     magnitude_sd: float = 0.25
     directions: str = "near_orthogonal"
