@@ -19,7 +19,7 @@ from dictlearn.kernels import decode
 from dictlearn.sparsifiers._per_layer import LayeredStep, PerLayer, apart, side_by_side
 from dictlearn.sparsifiers.base import Sparsifier
 from dictlearn.sparsifiers.top_k import TopK
-from dictlearn.types import DictlearnError, LatentRows, Latents, SparseLatents, Step
+from dictlearn.types import DictlearnError, Encoded, LatentRows, Latents, SparseLatents, Step
 
 
 class CrossLayer(Dictionary):
@@ -138,17 +138,13 @@ class CrossLayer(Dictionary):
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> Step:
         flat_x, flat_target = self.normalise(x), self.normalise_target(target)
-        encoders = zip(self.sparsifier.layers, self._encoders(flat_x), strict=True)
-        encoded = tuple(layer.encode_step(*own) for layer, own in encoders)
+        encoded = self._encode_step(self.sparsifier, flat_x)
         codes, pre_acts = [e.latents for e in encoded], [e.pre_acts for e in encoded if e.pre_acts is not None]
-        recon = self._written(codes)
-        if self.W_skip is not None:
-            recon = recon + self._skip(flat_x)
         return LayeredStep(
             self,
             flat_x,
             flat_target,
-            recon,
+            self._reconstructed(codes, flat_x),
             side_by_side(codes),
             variance,
             dead,
@@ -156,6 +152,19 @@ class CrossLayer(Dictionary):
             encoded=encoded,
             dead_in=None if dead is None else tuple(own.latents for own in self._by_layer(dead)),
         )
+
+    def _encode_step(self, sparsifier: PerLayer, x: Float[Tensor, "batch reads"]) -> tuple[Encoded, ...]:
+        encoders = zip(sparsifier.layers, self._encoders(x), strict=True)
+        return tuple(layer.encode_step(*own) for layer, own in encoders)
+
+    def _reconstructed(self, codes: Sequence[Latents], x: Float[Tensor, "batch reads"]) -> Tensor:
+        recon = self._written(codes)
+        return recon if self.W_skip is None else recon + self._skip(x)
+
+    def recon_with(self, sparsifier: Sparsifier, x: Float[Tensor, "batch reads"]) -> Float[Tensor, "batch writes"]:
+        """The reconstruction of a training step with another sparsifier, from normalised reads."""
+        assert isinstance(sparsifier, PerLayer)
+        return self._reconstructed([e.latents for e in self._encode_step(sparsifier, x)], x)
 
     def decoder_norms(self) -> Float[Tensor, " n_latents"]:
         return torch.cat([rows.flatten(1).norm(dim=-1) for rows in self.decoders])

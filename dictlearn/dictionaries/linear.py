@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dictlearn.dictionaries.base import Dictionary
+from dictlearn.kernels import decode
+from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import Encoded, SparseLatents, Step
 
@@ -43,6 +45,11 @@ class Linear(Dictionary):
         if self.W_skip is not None:
             recon = recon + self._skip(flat_x)
         return Step(self, flat_x, flat_target, recon, latents, variance, dead, pre_acts)
+
+    def recon_with(self, sparsifier: Sparsifier, x: Float[Tensor, "batch reads"]) -> Float[Tensor, "batch writes"]:
+        """The reconstruction of a training step with another sparsifier, from normalised reads."""
+        latents, _ = sparsifier.encode_step(x, self.flat_W_enc, self.b_enc)
+        return decode(latents, self.flat_W_dec) + self.offset(x)
 
     def offset(self, x: Float[Tensor, "batch reads"]) -> Float[Tensor, "*batch writes"]:
         """What the latents do not write, from normalised reads: the bias and the skip path."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from dictlearn.checks import check_count, check_number
-from dictlearn.kernels import decode
 from dictlearn.losses.recon import recon_loss
 from dictlearn.types import DictlearnError, Scalar, Step
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import Dictionary
+    from dictlearn.dictionaries.cross_layer import CrossLayer
     from dictlearn.dictionaries.linear import Linear
 
 
@@ -33,8 +33,9 @@ class MultiTopK:
 
     def check(self, dictionary: Dictionary) -> None:
         """Raise DictlearnError where the term cannot work with a dictionary."""
-        sparsifier, n_latents = dictionary.sparsifier, dictionary.n_latents
-        if not dictionary.linear_encoder:
+        sparsifier = dictionary.sparsifier
+        n_latents = dictionary.n_latents // (len(dictionary.reads) if dictionary.layered else 1)  # of one selection
+        if not (dictionary.linear_encoder or dictionary.layered):
             raise DictlearnError(
                 f"objective.multi_top_k needs one linear encoder, which {type(dictionary).__name__} does not have."
             )
@@ -49,9 +50,7 @@ class MultiTopK:
             )
 
     def __call__(self, step: Step) -> Scalar:
-        dictionary = cast("Linear", step.dictionary)
+        dictionary = cast("Linear | CrossLayer", step.dictionary)
         wider = dictionary.sparsifier.widened(self.factor)
         assert wider is not None
-        latents, _ = wider.encode_step(step.x, dictionary.flat_W_enc, dictionary.b_enc)
-        recon = decode(latents, dictionary.flat_W_dec) + dictionary.offset(step.x)
-        return self.coefficient * recon_loss(step, step.target - recon)
+        return self.coefficient * recon_loss(step, step.target - dictionary.recon_with(wider, step.x))

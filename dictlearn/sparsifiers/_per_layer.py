@@ -75,6 +75,10 @@ class PerLayer(Sparsifier):
         found = [term for term in terms if term is not None]
         return torch.stack(found).sum() if found else None
 
+    def widened(self, factor: int) -> PerLayer | None:
+        found = [wider for layer in self.layers if (wider := layer.widened(factor)) is not None]
+        return PerLayer(found) if found else None
+
     def at(self, step: int, n_steps: int) -> None:
         for layer in self.layers:
             layer.at(step, n_steps)

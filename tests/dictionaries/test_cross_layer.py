@@ -11,6 +11,7 @@ from dictlearn.data import Batch
 from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.losses.aux_k import AuxK
+from dictlearn.losses.multi_top_k import MultiTopK
 from dictlearn.sparsifiers._per_layer import apart, side_by_side
 from dictlearn.sparsifiers.abs_top_k import AbsTopK
 from dictlearn.sparsifiers.base import Sparsifier
@@ -190,6 +191,23 @@ def test_aux_k_chooses_among_the_dead_latents_of_all_layers(kind: str) -> None:
     assert got is not None
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters))
+
+
+@pytest.mark.parametrize("kind", ["top_k", "abs_top_k"])
+def test_multi_top_k_is_wider_in_every_layer(kind: str) -> None:
+    dictionary, (x, y) = made(SLOW[kind][0](), skip=True), inputs()
+    codes = []
+    for pre in slow_pre_acts(dictionary, x):
+        kept = torch.where(kept_of_each_token(pre if kind == "top_k" else pre.abs(), 6), pre, 0.0)
+        codes.append(kept.clamp(min=0) if kind == "top_k" else kept)
+    expected = 0.25 * slow_recon_loss(dictionary, slow_recon(dictionary, codes, x), y)
+    term = MultiTopK(0.25, factor=2)
+    term.check(dictionary)
+    got, parameters = term(dictionary.step(x, y, VARIANCE)), list(dictionary.parameters())
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters))
+    with pytest.raises(DictlearnError, match="at most n_latents = 10, got 12"):
+        MultiTopK(factor=4).check(dictionary)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 7])

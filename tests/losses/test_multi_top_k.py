@@ -115,7 +115,7 @@ def test_parts_of_a_batch_add_up_and_scale_does_not_matter() -> None:
         (lambda: Linear(6, 6, 16, ReLU(0.1)), "needs a sparsifier with as many latents .*, got ReLU"),
         (lambda: Linear(6, 6, 16, BatchTopK(4)), "top_k or abs_top_k, got BatchTopK"),
         (lambda: Linear(6, 6, 16, GroupMax(4)), "top_k or abs_top_k, got GroupMax"),
-        (CrossLayer.tiny, "one linear encoder, which CrossLayer does not have"),
+        (CrossLayer.tiny, "factor x sparsifier.k must be at most n_latents = 8, got 16"),
         (Bilinear.tiny, "one linear encoder, which Bilinear does not have"),
         (lambda: Linear(6, 6, 16, TopK(5)), "factor x sparsifier.k must be at most n_latents = 16, got 20"),
     ],
