@@ -35,6 +35,7 @@ class Gated(Linear):
 
     inference_kind: ClassVar[str | None] = "linear"
     latent_axis: ClassVar = {**Linear.latent_axis, "r_mag": 0, "b_mag": 0}
+    n_decodes: ClassVar[int] = 2  # in a training step, the second one through a frozen decoder
     fresh: ClassVar = {"r_mag": 0.0, "b_mag": "b_enc"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -169,12 +169,18 @@ def _lm_parameters_used(model: PreTrainedModel, sites: Sequence[Site]) -> int:
 
 
 def _flops_per_token(d: Dictionary) -> float:
-    """A compact code makes the encoder product dense and the rest sparse; a dense one costs five dense products."""
-    encoder, decoder = d.W_enc.numel(), sum(rows.numel() for rows in d.decoders)
-    if d.sparsifier.compact:
-        k = sum(getattr(layer, "k", 0) for layer in getattr(d.sparsifier, "layers", [d.sparsifier]))
-        return 2 * encoder + 8 * k * (encoder + decoder) / d.n_latents
-    return 4 * encoder + 6 * decoder
+    """A compact code makes the encoder product dense and the rest sparse; a dense one costs five dense products.
+
+    A product of two encoders has dense gradients, and a further decode, of the gates, those of the code alone.
+    """
+    encoders = [d.get_parameter(name).numel() for name in d.latent_axis if name in ("W_enc", "W_gate")]
+    encoder, decoder = sum(encoders), sum(rows.numel() for rows in d.decoders)
+    if not d.sparsifier.compact:
+        return 4 * encoder + (2 + 4 * getattr(d, "n_decodes", 1)) * decoder
+    k = sum(getattr(layer, "k", 0) for layer in getattr(d.sparsifier, "layers", [d.sparsifier]))
+    if len(encoders) > 1:
+        return 4 * encoder + 8 * k * decoder / d.n_latents
+    return 2 * encoder + 8 * k * (encoder + decoder) / d.n_latents
 
 
 def _flops_per_second(device: str, dtype: torch.dtype) -> float:
