@@ -106,6 +106,10 @@ class Gated(Linear):
         self.r_mag.zero_()
         self.b_enc.sub_(linear.sparsifier.thresholds)
 
+    def scale_latents_(self, factor: Float[Tensor, " n_latents"]) -> None:
+        super().scale_latents_(factor)
+        self.b_mag.mul_(factor)
+
     @torch.no_grad()
     def for_inference(self) -> Dictionary:
         linear = self.as_linear()

@@ -63,7 +63,12 @@ class BatchTopK(Sparsifier):
 
     @torch.no_grad()
     def _follow_(self, values: Float[Tensor, " nnz"]) -> None:
-        """Move the threshold towards the smallest positive one of `values`; without one it stays."""
+        """Move the threshold towards the smallest positive one of `values`; without one it stays.
+
+        In training mode only (`Module.train`).
+        """
+        if not self.training:
+            return
         least = torch.where(values > 0, values, torch.inf).float().amin() if len(values) else self.threshold
         found = least.isfinite()
         self.n_seen += found

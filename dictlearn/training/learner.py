@@ -15,9 +15,10 @@ from dictlearn.choices import NORMALISE
 from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import CleanRun
+from dictlearn.training.first_scale import first_scale
 from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
-from dictlearn.training.subspace import Size, subspaces
+from dictlearn.training.subspace import Size, Subspace, subspaces
 from dictlearn.training.terms import LossTerm, check_chunks, check_terms, micro_batch_problem
 from dictlearn.types import DictlearnError, Scalar, Step
 
@@ -160,6 +161,7 @@ class Learner(nn.Module):
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
 
 
+@torch.no_grad()
 def prepare(
     dictionary: Dictionary,
     statistics: Mapping[str, SiteStatistics],
@@ -173,7 +175,7 @@ def prepare(
     `normalise`: "mean_norm" scales every site to a mean norm of the root of its width; "none" and "layer_norm"
     leave the scales at 1, and biases and variance are those of the raw or the layer-normed activations.
     The weights are those of `start` in these scales, or random without it: at the read sites in `subspace_sizes`,
-    with directions in the subspace of that size.
+    with directions in the subspace of that size. An autoencoder's latents start at the size of `first_scale`.
     Raises DictlearnError where `normalise` contradicts the dictionary's `input_norm`, or `start` does not fit,
     and for activations that do not vary.
     """
@@ -191,17 +193,30 @@ def prepare(
         dictionary.read_scale.copy_(torch.tensor([dictionary.d_in**0.5 / s.mean_norm for s in reads]))
         dictionary.write_scale.copy_(torch.tensor([dictionary.d_out**0.5 / s.mean_norm for s in writes]))
     spreads = [s.layer_norm_variance if layer_norm else s.variance for s in reads]
-    read_variances = torch.tensor(spreads) * dictionary.read_scale.square()
-    dictionary.set_unit_((read_variances / dictionary.d_in).sqrt())
+    found = {} if start is not None else subspaces(subspace_sizes, statistics, layer_norm)
+    units = _units(dictionary, spreads, found)
+    dictionary.set_unit_(units)
     if start is not None:
         dictionary.start_from_(start)
     else:
         means = [[s.layer_norm_mean if layer_norm else s.mean for s in sites] for sites in (reads, writes)]
         read_means, write_means = (torch.stack(per_site).float() for per_site in means)
-        bases = subspaces(subspace_sizes, statistics, layer_norm)
-        dictionary.initialise_(generator, read_means, write_means, bases)
+        dictionary.initialise_(generator, read_means, write_means, {site: s.basis for site, s in found.items()})
+        if dictionary.is_autoencoder:  # a transcoder writes nothing yet
+            scale = first_scale(dictionary, generator, read_means, spreads)
+            dictionary.scale_latents_(torch.full((dictionary.n_latents,), scale))
+            dictionary.set_unit_(scale * units)
     variances = [s.layer_norm_variance if layer_norm else s.variance for s in writes]
     return (torch.tensor(variances) * dictionary.write_scale.square()).float()
+
+
+def _units(
+    dictionary: Dictionary, spreads: Sequence[float], found: Mapping[str, Subspace]
+) -> Float[Tensor, " n_reads"]:
+    """The root mean square of the product of normalised activations and a random direction, at each read site."""
+    by_site = zip(dictionary.reads, spreads, strict=True)
+    along = [found[site].variance if site in found else spread / dictionary.d_in for site, spread in by_site]
+    return torch.tensor(along).sqrt() * dictionary.read_scale
 
 
 def _check_that_they_vary(statistics: Mapping[str, SiteStatistics]) -> None:

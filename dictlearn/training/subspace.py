@@ -7,6 +7,7 @@ their latents die.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,9 +23,7 @@ SHARE = 0.99  # of the variance: init_subspace=auto at attention's outputs
 Size = float | int  # a share of the variance, or a number of dimensions
 
 
-def subspace_sizes(
-    setting: Size | str | None, reads: Iterable[Site], model: PreTrainedModel
-) -> dict[str, Size]:
+def subspace_sizes(setting: Size | str | None, reads: Iterable[Site], model: PreTrainedModel) -> dict[str, Size]:
     """By name of the sites with directions in a subspace: with "auto", those that attention writes."""
     if setting == AUTO:
         return {site.name: SHARE for site in reads if is_attention_output(model, site)}
@@ -32,10 +31,17 @@ def subspace_sizes(
     return {} if setting is None else {site.name: setting for site in reads}
 
 
+class Subspace(NamedTuple):
+    """An orthonormal basis, and the mean of the activations' variances along its directions."""
+
+    basis: Float[Tensor, "d r"]
+    variance: float
+
+
 def subspaces(
     sizes: Mapping[str, Size], statistics: Mapping[str, SiteStatistics], layer_norm: bool
-) -> dict[str, Float[Tensor, "d r"]]:
-    """Their orthonormal bases, of raw or of layer-normed activations."""
+) -> dict[str, Subspace]:
+    """Those of raw or of layer-normed activations, by site."""
     found = {}
     for site, size in sizes.items():
         covariance = statistics[site].layer_norm_covariance if layer_norm else statistics[site].covariance
@@ -48,10 +54,10 @@ def subspaces(
     return found
 
 
-def top_subspace(covariance: Float[Tensor, "d d"], size: Size) -> Float[Tensor, "d r"]:
-    """Orthonormal directions of the largest variances: `size` of them, or as few as hold this share of all."""
+def top_subspace(covariance: Float[Tensor, "d d"], size: Size) -> Subspace:
+    """Of the directions of the largest variances: `size` of them, or as few as hold this share of all."""
     variances, directions = torch.linalg.eigh(covariance)  # ascending
     variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
     if isinstance(size, float):
         size = 1 + int((variances.cumsum(0) < size * variances.sum()).sum())
-    return directions[:, :size]
+    return Subspace(directions[:, :size], float(variances[:size].mean()))
