@@ -24,8 +24,10 @@ class JumpReLU(Sparsifier):
 
     With K the indicator of |z| < 1/2 and e the bandwidth, the pseudo-derivatives by the threshold are
     -(threshold / e) K((pre_act - threshold) / e) of a latent and -(1 / e) K(...) of its step. Pre-activations have
-    the true ones, and with the tanh penalty, as Anthropic has it, those of the thresholds with the other sign as
-    well. The penalty is the mean over tokens, times `coefficient`, of
+    the true ones, and with the tanh penalty those of the thresholds with the other sign as well: Anthropic lets the
+    estimator's gradient through to all parameters, which is understood here as SAELens does.
+
+    The penalty is the mean over tokens, times `coefficient`, of
 
         tanh: sum_i tanh(4 latent_i ||W_dec_i|| / s), with s the target's root mean square about its mean
         l0: the number of latents that fire
