@@ -344,7 +344,7 @@ class Dictionary(nn.Module, ABC):
         are in units of the token's standard deviation.
         """
         folded = copy.deepcopy(self).requires_grad_(False).eval()
-        folded.sparsifier = self.sparsifier.for_inference().requires_grad_(False).eval()
+        folded.sparsifier = folded.sparsifier.for_inference().requires_grad_(False).eval()
         _scales.fold(folded)
         if folded.sparsifier.per_latent:
             folded.move_norms_(folded.decoder_norms())

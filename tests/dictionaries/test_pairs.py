@@ -104,6 +104,8 @@ def test_inference_is_the_same_function(kind: str, sparsifier: str) -> None:
     spread = ratio.nan_to_num(0).amax(0) - ratio.nan_to_num(torch.inf).amin(0)
     assert spread.nan_to_num(0, neginf=0).max() < 1e-3 * ratio.nan_to_num(0).max()  # one factor for each latent
     assert all(not p.requires_grad for p in folded.parameters())
+    assert made.sparsifier.training  # it is left as it was
+    assert all(p.requires_grad for p in made.parameters())
     again = folded.for_inference()
     torch.testing.assert_close(again(x).recon, folded(x).recon, rtol=1e-5, atol=2e-5)
 

@@ -17,7 +17,8 @@ from dictlearn.types import DictlearnError
 DICTIONARIES = [*kinds("dictlearn.dictionaries"), "skip_autoencoder", "transcoder", "skip_transcoder"]
 SPARSIFIERS = kinds("dictlearn.sparsifiers")
 CASES = [(kind, mode) for kind in DICTIONARIES for mode in ("none", "mean_norm")]
-CASES += [(kind, "layer_norm") for kind in ("linear", "skip_autoencoder")]
+LAYER_NORMED = ("linear", "skip_autoencoder", "gated", "matryoshka", "bilinear")
+CASES += [(kind, "layer_norm") for kind in LAYER_NORMED]
 SCALES = [1.0, 100.0]  # of the activations
 
 
