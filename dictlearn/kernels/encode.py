@@ -180,7 +180,8 @@ def _exactly(
 
 
 def _in_rows(values: Float[Tensor, "n_tokens k"], indices: Int[Tensor, "n_tokens k"]) -> _Selected:
-    return _Selected(values.flatten(), indices.flatten(), _offsets(*values.shape, values.device))
+    n_tokens, k = values.shape
+    return _Selected(values.flatten(), indices.flatten(), _offsets(n_tokens, k, values.device))
 
 
 def _by_tiles(
