@@ -177,9 +177,7 @@ class Dictionary(nn.Module, ABC):
 
     def normalise(self, x: Tensor) -> Float[Tensor, "*batch reads"]:
         """Raw reads to normalised, flattened ones."""
-        x = x.to(self.b_dec.dtype)
-        if self.input_norm == "layer_norm":
-            x = layer_norm(x).z
+        x = self._layer_norm(x).z if self.input_norm == "layer_norm" else x.to(self.b_dec.dtype)
         return (x * self.read_scale.unsqueeze(-1)).flatten(-2) if self.site_axis else x * self.read_scale
 
     def normalise_target(self, y: Tensor, x: Tensor | None = None) -> Float[Tensor, "*batch writes"]:
