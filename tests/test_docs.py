@@ -182,6 +182,7 @@ def small(script: str, overrides: list[str]) -> list[str]:
     if any(o.startswith("resume=") and o != "resume=auto" for o in overrides):
         return []
     left_out = tuple(o.removeprefix("~") for o in overrides if o.startswith("~"))
+    left_out += ("data.",) if "experiment=planted" in overrides else ()  # there is no shuffle
     added = [
         f"{key}={value}" for key, value in SMALL[script].items() if not (left_out and key.startswith(left_out))
     ]

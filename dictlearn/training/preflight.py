@@ -80,7 +80,7 @@ def _skeleton(cfg: DictConfig, text: RowData | None, found: list[str]) -> PreTra
             )
             return None
         return collect(found, text.own_skeleton)
-    if OmegaConf.missing_keys(cfg.lm):
+    if OmegaConf.missing_keys(cfg.lm) or (text is None and cfg.lm.name is None):
         return None
     if not isinstance(cfg.lm.name, str):
         found.append(f"lm.name must be 'embedded', a folder or a Hub id, got {cfg.lm.name!r}")
