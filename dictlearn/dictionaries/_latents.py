@@ -55,3 +55,10 @@ def random_directions(
             directions[:, place] = directions[:, place].double() @ bases[site] @ bases[site].T
     directions = directions.flatten(1)
     return directions / directions.norm(dim=-1, keepdim=True)
+
+
+def draw_unit_rows_(decoders: Sequence[Tensor], generator: torch.Generator) -> None:
+    """Random rows of norm 1 over all that they write."""
+    for rows in decoders:
+        drawn = torch.randn(rows.shape, generator=generator).flatten(1)
+        rows.copy_((drawn / drawn.norm(dim=-1, keepdim=True)).view_as(rows))

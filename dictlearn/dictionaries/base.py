@@ -298,13 +298,16 @@ class Dictionary(nn.Module, ABC):
         The means are those of what the scales multiply: raw activations, or layer-normed ones. At the read sites in
         `bases`, the directions are drawn in the subspaces that these span (orthonormal columns).
 
-        An autoencoder starts tied (W_enc = W_dec^T, unit rows), a transcoder with W_dec = 0, so that it starts as
-        the mean predictor. In both, latents see the input about its mean and b_dec is the mean target.
+        An autoencoder starts tied (W_enc = W_dec^T, unit rows), a transcoder with W_dec = 0, as the mean predictor,
+        or with random unit rows where they have to be unit. In both, latents see the input about its mean and b_dec
+        is the mean target.
         """
         directions = self._directions(generator, bases or {})
         self.W_enc.copy_(directions.T.reshape(self.W_enc.shape))
         if self.is_autoencoder:
             self.W_dec.copy_(directions.reshape(self.W_dec.shape))
+        elif self.decoder_norm == "unit":
+            _latents.draw_unit_rows_(self.decoders, generator)
         b_dec = write_means * self.write_scale.unsqueeze(-1)  # [n_writes, d_out]
         self.b_dec.copy_(b_dec.reshape(self.b_dec.shape))
         mean_x = (read_means * self.read_scale.unsqueeze(-1)).flatten()

@@ -215,6 +215,14 @@ def test_transcoders_start_as_the_mean_predictor() -> None:
     torch.testing.assert_close(made.pre_activations(read), torch.zeros(1, 16), atol=1e-5, rtol=0)
 
 
+def test_transcoders_with_unit_rows_start_with_them() -> None:
+    made = Linear(6, 5, 16, TopK(4), reads=["a"], writes=["b"], decoder_norm="unit")
+    made.initialise_(torch.Generator().manual_seed(0), torch.zeros(1, 6), torch.zeros(1, 5))
+    torch.testing.assert_close(made.W_dec.norm(dim=-1), torch.ones(16))
+    made.project_()
+    assert made.W_dec.isfinite().all()
+
+
 def test_same_seed_same_weights() -> None:
     def weights(seed: int) -> Tensor:
         made = Linear(6, 6, 16, TopK(4))
