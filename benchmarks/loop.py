@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, default=24_576 if on_gpu else 2048)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument(
-        "--batch-size", type=int, default=32_768 if on_gpu else 768, help="so that a step takes about 20 ms"
+        "--batch-size", type=int, default=32_768 if on_gpu else 1100, help="so that a step takes about 20 ms"
     )
     parser.add_argument("--precision", default="mixed", choices=["mixed", "float32"])
     parser.add_argument("--steps", type=int, default=40, help="steps of a turn")
