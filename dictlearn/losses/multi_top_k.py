@@ -20,8 +20,8 @@ class MultiTopK:
     Trained at one k alone, a dictionary is bad at larger ones; with this term it is good up to `factor` * k, at a
     little loss at k. While k is annealed, the term has the k of the end.
 
-    Cost: a second encoder product and selection, and a decode of `factor` * k latents: about as much as all the
-    rest of a TopK step.
+    Cost: a second encoder product and selection, and decode and weight gradients of `factor` * k latents. With it a
+    step on a CPU takes 2.3 times as long at 768 x 12,288 and k = 32, 2.9 times at 128 x 1,024 and k = 16.
 
     Raises DictlearnError for values that are no weight and no count.
     """
