@@ -161,7 +161,7 @@ def _check_dictionary(
         return
     dictionary = collect(found, lambda: build_dictionary(entry, width, "meta"))
     if dictionary is not None:
-        collect(found, lambda: check_terms(build(entry.config.objective), dictionary))
+        collect(found, lambda: check_terms(_terms(entry), dictionary))
         collect(found, lambda: check_chunks(entry.name, dictionary, micro_batch_size))
     start = starts.get(entry.name)
     if dictionary is not None and start is not None:
@@ -170,10 +170,17 @@ def _check_dictionary(
             found.append("init_subspace has no effect with init_from, whose weights are not random: leave it out")
 
 
+def _terms(entry: Entry) -> dict[str, LossTerm]:
+    """The objective's terms that build; what does not is said of the part."""
+    built = collect([], lambda: build(entry.config.objective))
+    if not isinstance(built, Mapping):
+        return {}
+    return {str(name): term for name, term in built.items() if isinstance(term, LossTerm)}
+
+
 def _check_lm_terms(cfg: DictConfig, entry: Entry, model: PreTrainedModel | None, found: list[str]) -> None:
     """Terms that look at the LM need whole rows, the LM that they are from, and sites that it has."""
-    built = collect([], lambda: build(entry.config.objective))  # what does not build is said of the part
-    if not isinstance(built, Mapping) or not (terms := lm_terms(built)):
+    if not (terms := lm_terms(_terms(entry))):
         return
     assert model is not None
     names = ", ".join(f"objective.{name}" for name in terms)
@@ -191,9 +198,8 @@ def _check_lm_terms(cfg: DictConfig, entry: Entry, model: PreTrainedModel | None
 
 
 def _check_resampling(cfg: DictConfig, entry: Entry, found: list[str]) -> None:
-    built = collect([], lambda: build(entry.config.objective))  # what does not build is said of the part
-    if isinstance(built, Mapping) and is_count(cfg.n_tokens, 1):
-        terms = [term for term in built.values() if isinstance(term, Resample)]
+    if is_count(cfg.n_tokens, 1):
+        terms = [term for term in _terms(entry).values() if isinstance(term, Resample)]
         found += [problem for term in terms if (problem := term.problem(cfg.n_tokens))]
 
 
