@@ -9,7 +9,8 @@ from dictlearn.types import DictlearnError
 
 
 def test_kinds_are_the_files() -> None:
-    assert kinds("dictlearn.sparsifiers") == ["relu", "top_k"]
+    expected = ["abs_top_k", "batch_top_k", "group_max", "jump_relu", "relu", "top_k"]
+    assert kinds("dictlearn.sparsifiers") == expected
 
 
 def test_lookup_returns_the_class_a_file_defines_not_one_it_imports() -> None:
