@@ -103,8 +103,12 @@ def test_sums_are_float32_under_autocast() -> None:
     expected = made.losses(made.step(x, x, VARIANCE))["recon"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         step = made.step(x, x, VARIANCE)
+        assert isinstance(step.latents, Tensor)
+        latents = step.latents.split([8, 8, 16, 32], dim=-1)
+        parts = [a @ b for a, b in zip(latents, made.W_dec.split([8, 8, 16, 32]), strict=True)]
         found = made.losses(step)["recon"]
-    assert step.recon.dtype == found.dtype == torch.float32
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(step.recon, sum(part.float() for part in parts) + made.b_dec)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 
