@@ -26,7 +26,7 @@ from dictlearn.training.terms import lm_terms
 from dictlearn.types import Site
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STATE_BYTES = 12  # a weight and its two Adam moments, float32: in memory and in a checkpoint
+STATE_BYTES = 12  # a weight and its two Adam moments, float32, in memory and in a checkpoint; no optimizer has more
 GRADIENT_BYTES = 4
 OVERHEAD = 1.5  # of a step over its matrix products: optimizer, statistics, gathers
 
