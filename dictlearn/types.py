@@ -114,8 +114,8 @@ class Step:
 
     What a training loop may add: `dead_rows` are their weights, to learn through in place of the dictionary's own.
     Of a step that is a chunk of a batch, `residual_variance` is the whole batch's mean of ||r - mean r||^2 over its
-    tokens, with r = target - recon. With stream=sequences, `clean` is the LM on the rows that the tokens are from; it
-    is None in a chunk.
+    tokens, with r = target - recon. With stream=sequences, `clean` is the LM on the rows that the tokens are from;
+    it is None in a chunk.
     """
 
     dictionary: Dictionary
