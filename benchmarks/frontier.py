@@ -40,18 +40,20 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    "relu": Architecture(["sparsifier=relu"], "sparsifier.l1", (0.02, 0.04, 0.08, 0.16, 0.32)),
+    "relu": Architecture(["sparsifier=relu"], "sparsifier.l1", (0.05, 0.1, 0.2, 0.4, 0.8)),
     "relu, p annealed": Architecture(
-        ["sparsifier=relu", "sparsifier.p=0.2"], "sparsifier.l1", (0.02, 0.04, 0.08, 0.16, 0.32)
+        ["sparsifier=relu", "sparsifier.p=0.2"], "sparsifier.l1", (0.05, 0.1, 0.2, 0.4, 0.8)
     ),
     "top_k": Architecture(["sparsifier=top_k"]),
     "batch_top_k": Architecture(["sparsifier=batch_top_k"]),
+    "top_k, layer norm": Architecture(["sparsifier=top_k", "normalise=layer_norm"]),
+    "batch_top_k, layer norm": Architecture(["sparsifier=batch_top_k", "normalise=layer_norm"]),
     "jump_relu": Architecture(
-        ["sparsifier=jump_relu"], "sparsifier.coefficient", (0.001, 0.002, 0.004, 0.008, 0.016)
+        ["sparsifier=jump_relu"], "sparsifier.coefficient", (0.0005, 0.001, 0.002, 0.004, 0.008)
     ),
     "abs_top_k": Architecture(["sparsifier=abs_top_k"]),
     "group_max": Architecture(["sparsifier=group_max"]),
-    "gated": Architecture(["dictionary=gated"], "sparsifier.l1", (0.02, 0.04, 0.08, 0.16, 0.32)),
+    "gated": Architecture(["dictionary=gated"], "sparsifier.l1", (0.05, 0.1, 0.2, 0.4, 0.8)),
     "matryoshka": Architecture(["dictionary=matryoshka", "sparsifier=batch_top_k"]),
     "bilinear": Architecture(["dictionary=bilinear", "sparsifier=top_k"]),
     "transcoder": Architecture(["dictionary=transcoder"], site=MLP),
@@ -59,6 +61,7 @@ ARCHITECTURES = {
 }
 EXPECTED = [  # FVU of the first is at most that of the second
     ("batch_top_k", "top_k"),
+    ("batch_top_k, layer norm", "top_k, layer norm"),
     ("batch_top_k", "relu"),
     ("top_k", "relu"),
     ("transcoder, skip", "transcoder"),

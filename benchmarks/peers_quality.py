@@ -47,9 +47,9 @@ SPARSITIES: dict[
     "top_k": {OWN: K, "saelens": K, "dictionary_learning": K, "sparsify": K},
     "batch_top_k": {OWN: K, "saelens": K, "dictionary_learning": K},
     "matryoshka": {OWN: K, "saelens": K, "dictionary_learning": K},
-    "relu": {OWN: (0.02, 0.04, 0.08), "saelens": (0.3, 0.6, 1.2), "dictionary_learning": (0.02, 0.04, 0.08)},
-    "gated": {OWN: (0.02, 0.04, 0.08), "saelens": (0.3, 0.6, 1.2), "dictionary_learning": (0.02, 0.04, 0.08)},
-    "jump_relu": {OWN: (0.001, 0.002, 0.004), "saelens": (0.3, 0.6, 1.2), "dictionary_learning": (10, 16, 24)},
+    "relu": {OWN: (0.1, 0.2, 0.4), "saelens": (1.0, 2.0, 4.0), "dictionary_learning": (0.08, 0.16, 0.32)},
+    "gated": {OWN: (0.1, 0.2, 0.4), "saelens": (1.0, 2.0, 4.0), "dictionary_learning": (0.08, 0.16, 0.32)},
+    "jump_relu": {OWN: (0.001, 0.002, 0.004), "saelens": (0.12, 0.25, 0.5), "dictionary_learning": (10, 16, 24)},
 }
 OVERRIDES = {  # of ours; the last one takes the sparsity
     "top_k": ["sparsifier=top_k", "sparsifier.k="],
@@ -243,8 +243,8 @@ def show(compared: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) -> No
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-tokens", type=int, default=1_000_000)
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--n-tokens", type=int, default=500_000)
+    parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--expansion", type=int, default=8, help="latents per dimension")
     parser.add_argument("--heldout", type=int, default=100_000, help="held-out activations that all are judged on")
     parser.add_argument("--seeds", type=int, default=3)
