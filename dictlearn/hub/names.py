@@ -31,3 +31,8 @@ def from_hook_name(hook: str) -> str:
         return "embed"
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
     return f"{SITES[match[2]]}.{match[1]}" if match and match[2] in SITES else hook
+
+
+def is_hook_name(name: str) -> bool:
+    """Whether TransformerLens has this name, and not the LM a module of this path."""
+    return name.startswith(("blocks.", "hook_"))

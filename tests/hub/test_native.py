@@ -85,18 +85,31 @@ CASES = SAE_LENS_CASES | {
 }
 
 
-def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and reconstruction by the rules of SAELens v6 inference, in float64."""
+PLAIN = {"W_enc", "b_enc", "W_dec", "b_dec"}
+TENSORS = {  # of each architecture there, which refuses others
+    **dict.fromkeys(("standard", "topk", "abstopk", "transcoder"), PLAIN),
+    **dict.fromkeys(("jumprelu", "jumprelu_transcoder"), PLAIN | {"threshold"}),
+    "skip_transcoder": PLAIN | {"W_skip"},
+    "jumprelu_skip_transcoder": PLAIN | {"W_skip", "threshold"},
+}
+
+
+def sae_lens_rule(folder: Path, x: Tensor, put_back: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Latents and reconstruction by the rules of SAELens v6 inference, in float64.
+
+    A layer norm divides by the standard deviation + 1e-5 and is put back with the deviation alone. `put_back` is
+    added to that, as this package does with the same 1e-5, whose layer norm is undone exactly.
+    """
     cfg = json.loads((folder / "cfg.json").read_text())
     w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
     x = x.double()
     if cfg["normalize_activations"] == "layer_norm":
         mean = x.sum(-1, keepdim=True) / x.shape[-1]
-        std = ((x - mean).square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt() + 1e-5
+        std = ((x - mean).square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+        x, std = (x - mean) / (std + 1e-5), std + put_back
     else:
         assert cfg["normalize_activations"] == "none"
         mean, std = 0, 1
-    x = (x - mean) / std
     pre = (x - cfg["apply_b_dec_to_input"] * w["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ w["W_enc"] + w[
         "b_enc"
     ]
@@ -138,21 +151,47 @@ def test_round_trip(tmp_path: Path, case: str) -> None:
     assert torch.equal(loaded(x).recon, dictionary(x).recon)
 
 
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("case", SAE_LENS_CASES)
 def test_sae_lens_reads_the_same_function(tmp_path: Path, case: str, scale: float) -> None:
     dictionary = SAE_LENS_CASES[case]()
     save(dictionary, tmp_path)
     x = scale * torch.randn(50, 6)
-    latents, recon = sae_lens_rule(tmp_path, x)
-    torch.testing.assert_close(dictionary.encode(x).double(), latents, rtol=1e-5, atol=1e-5 * scale)
-    torch.testing.assert_close(dictionary(x).recon.double(), recon, rtol=1e-5, atol=1e-5 * scale)
+    latents, recon = sae_lens_rule(tmp_path, x, put_back=1e-5)
+    torch.testing.assert_close(dictionary.encode(x).double(), latents, rtol=1e-5, atol=1e-5 * max(scale, 1.0))
+    torch.testing.assert_close(dictionary(x).recon.double(), recon, rtol=1e-5, atol=1e-5 * max(scale, 1.0))
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert {"d_in", "d_sae", "dtype", "metadata"} <= set(cfg)
+    assert set(load_file(tmp_path / "sae_weights.safetensors")) == TENSORS[cfg["architecture"]]
     assert not cfg["apply_b_dec_to_input"]
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"
     hook = "blocks.2.hook_resid_post" if dictionary.is_autoencoder else "blocks.2.mlp.hook_in"
     assert cfg["metadata"]["hook_name"] == hook
+    assert cfg["metadata"].get("hook_name_out") == (None if dictionary.is_autoencoder else "blocks.2.hook_mlp_out")
+
+
+@pytest.mark.parametrize(
+    ("site", "hook", "model_class", "shape"),
+    [
+        ("resid_post.2", "blocks.2.hook_resid_post", "HookedTransformer", "none"),
+        ("embed", "hook_embed", "HookedTransformer", "none"),
+        ("attn_z.3", "blocks.3.attn.hook_z", "HookedTransformer", "hook_z"),
+        ("transformer.h.1.attn", "transformer.h.1.attn", "AutoModelForCausalLM", "none"),
+    ],
+)
+def test_sae_lens_finds_the_activations(tmp_path: Path, site: str, hook: str, model_class: str, shape: str) -> None:
+    """A hook's name goes with the class of model that has it; `hook_z` has a head axis, which is flattened."""
+    dictionary = Linear(6, 6, 16, TopK(4), [site], [site])
+    dictionary.metadata = {"data": {"kind": "HubText", "name": "a/b", "split": "train"}}
+    save(dictionary, tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    found = cfg["metadata"]
+    assert (found["hook_name"], found["model_class_name"], found["dataset_path"]) == (hook, model_class, "a/b")
+    assert cfg["reshape_activations"] == shape
+    change_cfg(tmp_path, reshape_activations="none")  # earlier files, or flat activations there
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    assert (loaded.reads, loaded.metadata) == ((site,), dictionary.metadata)
 
 
 def foreign(folder: Path, **changes: Any) -> None:

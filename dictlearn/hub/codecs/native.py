@@ -3,6 +3,9 @@
 An architecture that SAELens has is written under its name and opens there unchanged. One that it lacks (a TopK
 transcoder, a crosscoder) uses the same two files under a name of our own, `dictlearn_<kind>`, which SAELens refuses
 rather than misreads. What SAELens has no field for is in `metadata.dictlearn`.
+
+A site is named by TransformerLens' hook, where there is one, and in SAELens activations have the hook's shape: an
+autoencoder of `attn_z` takes and gives [..., n_heads, d_head] there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries._input_norm import INPUT_NORMS
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.hub.codecs.base import read_json, read_shapes, read_tensors
-from dictlearn.hub.names import from_hook_name, to_hook_name
+from dictlearn.hub.names import from_hook_name, is_hook_name, to_hook_name
 from dictlearn.registry import kind_of, lookup
 from dictlearn.types import DictlearnError, FormatError
 
@@ -40,6 +43,7 @@ SAE_LENS_NAMES = {
     ("jump_relu", False, False): "jumprelu_transcoder",
     ("jump_relu", False, True): "jumprelu_skip_transcoder",
 }
+UNCOMPARED = ("metadata", "dtype", "device", "reshape_activations")  # they do not say what is computed
 
 NO_PENALTY: dict[str, dict[str, Any]] = {"relu": {"l1": 0.0}, "jump_relu": {"penalty": "l0"}}
 
@@ -105,7 +109,7 @@ def _check_widths(declared: Mapping[str, Any], stored: Mapping[str, tuple[int, .
 
 def _check_agreement(cfg: Mapping[str, Any], dictionary: Dictionary) -> None:
     """What SAELens reads from the file and what we read are the same dictionary."""
-    ours = {key: value for key, value in _config(dictionary).items() if key not in ("metadata", "dtype", "device")}
+    ours = {key: value for key, value in _config(dictionary).items() if key not in UNCOMPARED}
     if differing := {key: (cfg.get(key), value) for key, value in ours.items() if cfg.get(key) != value}:
         raise DictlearnError(f"fields contradict metadata.dictlearn (found, expected): {differing}.")
 
@@ -113,7 +117,11 @@ def _check_agreement(cfg: Mapping[str, Any], dictionary: Dictionary) -> None:
 def _config(dictionary: Dictionary) -> dict[str, Any]:
     sparsifier = {"kind": dictionary.sparsifier.kind, **dictionary.sparsifier.config()}
     own = {"version": __version__, "kind": kind_of(dictionary), **dictionary.config(), "sparsifier": sparsifier}
-    metadata = dictionary.metadata
+    metadata, record = dictionary.metadata, dictionary.metadata.get("data")
+    hooks = {"hook_name": to_hook_name(dictionary.reads[0])}
+    if not dictionary.is_autoencoder:
+        hooks["hook_name_out"] = to_hook_name(dictionary.writes[0])
+    by_head = dictionary.is_autoencoder and hooks["hook_name"].endswith("attn.hook_z")  # [n_heads, d_head] there
     cfg: dict[str, Any] = {
         "architecture": _architecture(dictionary),
         "d_in": dictionary.d_in,
@@ -121,25 +129,22 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
-        "normalize_activations": dictionary.input_norm,  # the same words and rules there
-        "reshape_activations": "none",
+        "normalize_activations": dictionary.input_norm,  # the same words there
+        "reshape_activations": "hook_z" if by_head else "none",
     }
     if not dictionary.is_autoencoder:
         cfg["d_out"] = dictionary.d_out
     if cfg["architecture"] in ("topk", "abstopk"):
         cfg |= {"k": sparsifier["k"], "rescale_acts_by_decoder_norm": False}
-    hooks = {"hook_name": to_hook_name(dictionary.reads[0])}
-    if not dictionary.is_autoencoder:
-        hooks["hook_name_out"] = to_hook_name(dictionary.writes[0])
     cfg["metadata"] = {
         "sae_lens_version": SAE_LENS_VERSION,
         "sae_lens_training_version": None,
         "model_name": metadata.get("lm_name"),
-        "model_class_name": "AutoModelForCausalLM",
+        "model_class_name": "HookedTransformer" if is_hook_name(hooks["hook_name"]) else "AutoModelForCausalLM",
         **hooks,
         "context_size": metadata.get("ctx"),
         "prepend_bos": metadata.get("prepend_bos"),
-        "dataset_path": metadata.get("data"),
+        "dataset_path": record.get("name") if isinstance(record, Mapping) else None,
         "dictlearn": {**own, "metadata": metadata},
     }
     return cfg
