@@ -25,6 +25,7 @@ from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.hub import save
 from dictlearn.hub.codecs.native import WEIGHTS
 from dictlearn.lm import LM, load_lm
+from dictlearn.registry import kind_of
 from dictlearn.training.build import build_members, captured_sites, sizes_of, starting_dictionaries
 from dictlearn.training.callbacks import (
     Environment,
@@ -305,8 +306,9 @@ def _save(cfg: DictConfig, setup: Setup, folders: Mapping[str, Path]) -> dict[st
     """Inference dictionaries by name, written in the native format with where they come from."""
     dictionaries = {}
     for entry, member in zip(setup.entries, setup.members, strict=True):
-        dictionary = member.learner.dictionary.for_inference()
-        dictionary.metadata = _metadata(cfg, setup.lm, setup.data.text, entry)
+        trained = member.learner.dictionary
+        dictionary = trained.for_inference()
+        dictionary.metadata = _metadata(cfg, setup.lm, setup.data.text, entry) | trained_as(trained, dictionary)
         save(dictionary, folders[entry.name])
         dictionaries[entry.name] = dictionary
     return dictionaries
@@ -328,6 +330,17 @@ def _metadata(cfg: DictConfig, lm: LM, text: RowData, entry: Entry) -> dict[str,
         "init_from": cfg.init_from,
         "point": entry.values,
     }
+
+
+def trained_as(trained: Dictionary, stored: Dictionary) -> dict[str, Any]:
+    """Kind, own settings and sparsifier in training, as `trained_as`; empty where the stored ones are the same."""
+
+    def of(dictionary: Dictionary) -> dict[str, Any]:
+        sparsifier = {"kind": dictionary.sparsifier.kind, **dictionary.sparsifier.config()}
+        settings = {key: value for key, value in dictionary.config().items() if key not in stored.config()}
+        return {"dictionary": kind_of(dictionary), **settings, "sparsifier": sparsifier}
+
+    return {} if of(trained) == of(stored) else {"trained_as": of(trained)}
 
 
 def _evaluate(
