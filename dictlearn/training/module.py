@@ -61,8 +61,6 @@ class DictionaryTraining(L.LightningModule):
         clean = None
         if self.lm is not None and isinstance(batch, Sequences):
             clean = CleanRun(self.lm.model, batch.tokens, batch.counted, flat.acts)
-        for member in self.members:
-            member.learner.at(self.global_step, self.n_steps)
         return torch.stack([member.learner.loss(flat, clean) for member in self.members]).sum()
 
     def configure_optimizers(self) -> Any:
@@ -90,6 +88,8 @@ class DictionaryTraining(L.LightningModule):
         # the whole window, and the resumed run ends it here as this one does.
         if self._since is None:
             self._since = time.perf_counter()
+        for member in self.members:
+            member.learner.at(self.global_step, self.n_steps)  # before resampling, which takes a step of its own
         if self.global_step > 0 and self.global_step % self.window == 0:
             self._flush(self.global_step)
             self._resample(batch.flat() if isinstance(batch, Sequences) else batch)

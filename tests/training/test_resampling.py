@@ -351,6 +351,24 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path, stop: int) -> None:
             assert torch.equal(value, weights(b)[name]), name
 
 
+def test_a_k_that_moves_resumes_to_the_bit(tmp_path: Path) -> None:
+    """It is due at the step of a checkpoint: what reconstructs then is k as it is at that step."""
+
+    def annealed() -> Member:
+        found = resampled("a", Adam(3e-3, 1.0, (0.9, 0.999), 6.25e-10, 1.0))
+        found.learner.dictionary.sparsifier = TopK(4, k_start=32)
+        return found
+
+    whole, again = annealed(), annealed()
+    fit([whole], 60, [RandomState(), periodic_checkpoint(tmp_path / "whole", 60)])
+    with pytest.raises(KeyError, match="killed"):
+        fit([annealed()], 60, [Stop(19), RandomState(), periodic_checkpoint(tmp_path / "cut", 60)])
+    (checkpoint,) = (tmp_path / "cut").glob("step-00000018.ckpt")
+    fit([again], 60, [RandomState(), periodic_checkpoint(tmp_path / "again", 60)], ckpt_path=checkpoint)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
 def test_it_happens_when_it_is_due_and_dictionaries_are_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
