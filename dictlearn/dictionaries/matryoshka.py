@@ -46,10 +46,12 @@ class Matryoshka(Linear):
 
     def __init__(self, *args: Any, prefixes: Sequence[float] = PREFIXES, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        shares = list(prefixes)
-        numbers = all(isinstance(p, int | float) and not isinstance(p, bool) for p in shares)
-        if not shares or not numbers or shares[-1] != 1 or shares != sorted(set(shares)) or shares[0] <= 0:
-            raise DictlearnError(f"prefixes must be ascending shares above 0 that end at 1, got {shares}.")
+        shares = list(prefixes) if isinstance(prefixes, Sequence) else []
+        numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 < p <= 1 for p in shares)
+        if not shares or not numbers or shares[-1] != 1 or shares != sorted(set(shares)):
+            raise DictlearnError(
+                f"prefixes must be ascending shares above 0 that end at 1, got {shares or repr(prefixes)}."
+            )
         self.prefixes = tuple(float(share) for share in shares)
         self.ends = [round(share * self.n_latents) for share in self.prefixes]
         if self.ends[0] < 1 or len(set(self.ends)) < len(self.ends):
@@ -82,13 +84,13 @@ class Matryoshka(Linear):
         """What the latents between two bounds write, in one decode."""
         n = len(self.ends)
         if isinstance(latents, SparseLatents):
-            bounds = torch.tensor(self.ends, device=latents.indices.device)
-            group = torch.bucketize(latents.indices, bounds, right=True)
+            group = torch.zeros_like(latents.indices)
+            for end in self.ends[:-1]:  # a tensor of them would have to be sent to the device
+                group += latents.indices >= end
             token = torch.repeat_interleave(latents.offsets.diff(), output_size=len(group))
             bag = token * n + group
-            order = bag.argsort(stable=True)
-            counts = torch.bincount(bag, minlength=latents.n_tokens * n)
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            bag, order = bag.sort(stable=True)
+            offsets = torch.searchsorted(bag, torch.arange(latents.n_tokens * n + 1, device=bag.device))
             cut = SparseLatents(latents.values[order], latents.indices[order], offsets, latents.n_latents)
             return decode(cut, self.flat_W_dec).view(latents.n_tokens, n, -1)
         starts = [0, *self.ends[:-1]]

@@ -1,5 +1,6 @@
 """Matryoshka: nested reconstruction losses in one decode, against a decode for each prefix."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError, Encoded, SparseLatents
+from tests.sparsifiers.unchecked import unchecked
 
 N_LATENTS, PREFIXES, VARIANCE = 64, (0.125, 0.25, 0.5, 1.0), torch.tensor([4.0])
 
@@ -137,3 +139,9 @@ def test_shares_that_do_not_ascend_to_one_are_refused(prefixes: list[float]) -> 
 def test_a_prefix_without_latents_is_refused() -> None:
     with pytest.raises(DictlearnError, match=r"of 16 latents end at \[0, 2, 4, 8, 16\]: each needs latents"):
         Matryoshka(6, 6, 16, TopK(4))
+
+
+@pytest.mark.parametrize("prefixes", [None, 0.5, [math.nan, 1.0]])
+def test_what_is_no_list_of_shares_is_refused(prefixes: Any) -> None:
+    with pytest.raises(DictlearnError, match=re.escape(f"that end at 1, got {prefixes}")):
+        unchecked(Matryoshka, d_in=6, d_out=6, n_latents=64, sparsifier=TopK(4), prefixes=prefixes)
