@@ -198,6 +198,8 @@ def prepare(
     dictionary.set_unit_(units)
     if start is not None:
         dictionary.start_from_(start)
+        dictionary.set_unit_(units * _encoder_norms(dictionary))
+        dictionary.start_from_(start)  # again: a new unit sets what the sparsifier learns
     else:
         means = [[s.layer_norm_mean if layer_norm else s.mean for s in sites] for sites in (reads, writes)]
         read_means, write_means = (torch.stack(per_site).float() for per_site in means)
@@ -217,6 +219,13 @@ def _units(
     by_site = zip(dictionary.reads, spreads, strict=True)
     along = [found[site].variance if site in found else spread / dictionary.d_in for site, spread in by_site]
     return torch.tensor(along).sqrt() * dictionary.read_scale
+
+
+def _encoder_norms(dictionary: Dictionary) -> Float[Tensor, " n_reads"]:
+    """The mean norm of the encoder rows that see each read site."""
+    rows = dictionary.W_enc.movedim(dictionary.latent_axis["W_enc"], 0).flatten(1)  # [n_latents, reads]
+    by_code = rows.norm(dim=-1).view(len(dictionary.reads) if dictionary.layered else 1, -1).mean(-1)
+    return torch.where(by_code > 0, by_code, 1.0).expand(len(dictionary.reads))
 
 
 def _check_that_they_vary(statistics: Mapping[str, SiteStatistics]) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dictlearn.data import SiteStatistics
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.learner import Learner, prepare
@@ -90,6 +91,28 @@ def test_a_start_takes_the_place_of_random_weights(normalise: str) -> None:
     torch.testing.assert_close(dictionary.for_inference().encode(x), start.encode(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(DictlearnError, match="n_latents is 64 there and 32 here"):
         prepare(Linear(D, D, 32, TopK(4), input_norm=input_norm), statistics, normalise, torch.Generator(), start)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_bandwidth_means_the_same_with_the_weights_of_a_start(own: bool) -> None:
+    """A multiple of what a random encoder row as long as those of the start gives."""
+    statistics = PlantedStream(1).statistics()
+    old = Linear(D, D, 64, JumpReLU(threshold=0.3) if own else TopK(4), ["x"], ["x"])
+    prepare(old, statistics, "mean_norm", torch.Generator().manual_seed(0))
+    if isinstance(old.sparsifier, JumpReLU):
+        old.sparsifier.thresholds.data.uniform_(0.1, 0.2)
+    found = Linear(D, D, 64, JumpReLU(threshold=0.1), ["x"], ["x"])
+    prepare(found, statistics, "mean_norm", torch.Generator(), old.for_inference())
+    assert isinstance(found.sparsifier, JumpReLU)
+    x = PlantedStream(1).sample()
+    length = found.W_enc.norm(dim=0).mean()
+    rows = torch.nn.functional.normalize(torch.randn(D, 4_000), dim=0) * length
+    spread = ((x - x.mean(0)) * found.read_scale @ rows).square().mean().sqrt()
+    torch.testing.assert_close(found.sparsifier.unit, spread, rtol=0.03, atol=0)
+    if own:  # the thresholds are those of the start
+        torch.testing.assert_close(found(x).recon, old(x).recon, rtol=1e-3, atol=1e-3)
+    else:
+        torch.testing.assert_close(found.sparsifier.thresholds, (0.1 * found.sparsifier.unit).expand(64))
 
 
 def test_biases_start_at_the_means_of_the_sites() -> None:
