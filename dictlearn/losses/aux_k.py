@@ -42,8 +42,8 @@ class AuxK:
         self.coefficient, self.k = coefficient, k
 
     def __call__(self, step: Step) -> Scalar | None:
-        """None while no latent is dead."""
-        if step.dead is None:
+        """None while no latent is dead, and for a batch of one token, whose residual has no variance."""
+        if step.dead is None or (len(step.x) == 1 and step.residual_variance is None):
             return None
         n_dead = len(step.dead)
         wanted = self.k or max(1, step.x.shape[-1] // 2)

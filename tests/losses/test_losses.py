@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,6 +156,15 @@ def test_aux_k_descends_on_the_encoder() -> None:
 
 def test_aux_k_without_dead_latents_costs_nothing() -> None:
     assert AuxK()(step_of(dead=None)) is None
+
+
+def test_aux_k_of_one_token_is_nothing() -> None:
+    d = Linear.tiny()
+    x = torch.randn(2, 6)
+    assert AuxK()(d.step(x[:1], x[:1], torch.ones(1), DEAD)) is None  # one residual has no variance
+    assert AuxK()(d.step(x, x, torch.ones(1), DEAD)) is not None
+    chunk = replace(d.step(x[:1], x[:1], torch.ones(1), DEAD), residual_variance=torch.tensor(2.0))
+    assert AuxK()(chunk) is not None
 
 
 @pytest.mark.parametrize("k", [0, -3, 2.5, 2.0, "4", True, math.nan])
