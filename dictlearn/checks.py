@@ -39,3 +39,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise DictlearnError unless `value` is one of `choices`."""
     if value not in choices:
         raise DictlearnError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise DictlearnError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise DictlearnError(f"{name} must be true or false, got {value!r}.")

@@ -95,6 +95,7 @@ WRONG = [
     (["grid={expansion:[2,2.5]}"], r"resid_post.2_expansion-2.5: expansion must be a whole number.*got 2.5"),
     (["grid={dead_after_tokens:[0,100]}"], "dead_after_tokens must be null or a whole number above 0, got 0"),
     (["dictionaries.attn.expansion=abc"], "attn_out.2: expansion must be a whole number of at least 1, got 'abc'"),
+    (["+dictionaries.resid.module.foo=1"], "linear.Linear: .*unexpected keyword argument 'foo'"),
     (["dictionaries.attn.set={normalise:foo}"], "attn_out.2: normalise must be one of .*, got 'foo'"),
     (
         ["objective.aux_k=null"],

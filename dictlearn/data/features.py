@@ -103,6 +103,10 @@ def zipf(n: int, total: float, exponent: float, least: float) -> Float[np.ndarra
             f"sum is {n * least:g} at least and {n * MOST_RATE:g} at most"
         )
     weights = np.arange(1, n + 1) ** -float(exponent)
+    if weights[-1] == 0:
+        raise DictlearnError(
+            f"data.zipf_exponent must be smaller: 1 / {n}^{exponent:g} is no longer a number above 0"
+        )
 
     def rates(log_scale: float) -> np.ndarray:
         return np.clip(np.exp(log_scale) * weights, least, MOST_RATE)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dictlearn.checks import check_flag
 from dictlearn.dictionaries import _latents, _scales
 from dictlearn.dictionaries._input_norm import check_input_norm
 from dictlearn.kernels import LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
@@ -72,6 +73,7 @@ class Dictionary(nn.Module, ABC):
             raise DictlearnError(f"{type(self).__name__} has one read and one write site, got {reads}, {writes}.")
         if decoder_norm not in (None, "unit", "free"):
             raise DictlearnError(f"decoder_norm must be unit, free or null, got {decoder_norm!r}.")
+        check_flag("skip", skip)
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.sparsifier = sparsifier

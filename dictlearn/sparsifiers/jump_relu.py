@@ -140,6 +140,10 @@ class JumpReLU(Sparsifier):
         return [(self.threshold, latents)]
 
     def bind(self, n_latents: int) -> None:
+        if self.target_l0 is not None and self.target_l0 > n_latents:
+            raise DictlearnError(
+                f"sparsifier.target_l0 must be at most n_latents = {n_latents}, got {self.target_l0}."
+            )
         self.threshold = nn.Parameter(torch.full((n_latents,), float(self.start)))
 
     @torch.no_grad()

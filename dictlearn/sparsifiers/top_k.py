@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dictlearn.checks import check_count
 from dictlearn.kernels import encode_top_k, top_columns
-from dictlearn.ramp import Ramp, check_ramp, ramp_factor
+from dictlearn.ramp import RUN, Ramp, check_ramp, ramp_factor
 from dictlearn.sparsifiers.base import Sparsifier
 from dictlearn.types import DictlearnError, Encoded, SparseLatents
 
@@ -29,6 +29,10 @@ class TopK(Sparsifier):
         check_count("sparsifier.k", k)
         check_count("sparsifier.k_start", k_start, or_null=True)
         check_ramp("sparsifier.anneal", anneal)
+        if k_start is not None and anneal is None:
+            raise DictlearnError(
+                f"sparsifier.k_start={k_start} needs sparsifier.anneal, a number of steps or {RUN}, got None."
+            )
         self.k, self.k_start, self.anneal = k, k_start, anneal
         self.k_now = k
 

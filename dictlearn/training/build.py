@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from dictlearn.choices import is_count
@@ -130,14 +130,17 @@ def build_dictionary(entry: Entry, width: Mapping[str, int], device: str = "cpu"
     with torch.device(device):
         module = build(entry.config.module)
         n_codes = len(reads) if getattr(getattr(module, "func", None), "layered", False) else 1
-        return module(
-            d_in=d_in,
-            d_out=d_out,
-            n_latents=entry.config.expansion * d_in * n_codes,
-            reads=reads,
-            writes=writes,
-            input_norm="layer_norm" if entry.config.normalise == "layer_norm" else "none",
-        )
+        try:
+            return module(
+                d_in=d_in,
+                d_out=d_out,
+                n_latents=entry.config.expansion * d_in * n_codes,
+                reads=reads,
+                writes=writes,
+                input_norm="layer_norm" if entry.config.normalise == "layer_norm" else "none",
+            )
+        except TypeError as error:  # a setting that it does not have
+            raise ConfigError([f"{OmegaConf.select(entry.config, 'module._target_')}: {error}"]) from error
 
 
 def _common(width: Mapping[str, int], sites: Sequence[str]) -> int:

@@ -66,6 +66,8 @@ def test_rates_are_zipf_and_sum_to_l0() -> None:
     np.testing.assert_allclose(zipf(50, total=5.0, exponent=0.0, least=0.01), 0.1)
     with pytest.raises(DictlearnError, match=r"cannot sum to 30 .*0.5 at least and 25 at most"):
         zipf(50, total=30.0, exponent=1.0, least=0.01)
+    with pytest.raises(DictlearnError, match=r"data.zipf_exponent must be smaller: 1 / 256\^200"):
+        zipf(256, total=12.0, exponent=200.0, least=0.001)
 
 
 def within(found: np.ndarray, share: np.ndarray, n: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dictlearn.registry import kind_of, kinds, lookup
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError
+from tests.sparsifiers.unchecked import unchecked
 
 
 def transcoder(skip: bool) -> Linear:
@@ -266,3 +268,9 @@ def test_wrong_arguments_are_refused() -> None:
         Linear(6, 6, 16, TopK(4), decoder_norm="both")
     with pytest.raises(DictlearnError, match="at most n_latents = 16"):
         Linear(6, 6, 16, TopK(17))
+
+
+@pytest.mark.parametrize("skip", ["maybe", None, 1])
+def test_a_skip_path_is_there_or_not(skip: Any) -> None:
+    with pytest.raises(DictlearnError, match=f"skip must be true or false, got {skip!r}"):
+        unchecked(Linear, d_in=6, d_out=6, n_latents=16, sparsifier=TopK(4), skip=skip)

@@ -106,7 +106,7 @@ def test_the_tanh_penalty() -> None:
     assert not found["b_dec"].any()
 
 
-@pytest.mark.parametrize("target", [None, 3.0, 30.0])
+@pytest.mark.parametrize("target", [None, 3.0, 15.0])
 def test_the_l0_penalties(target: float | None) -> None:
     arguments: dict[str, Any] = (
         {"penalty": "l0"} if target is None else {"penalty": "target_l0", "target_l0": target}
@@ -208,3 +208,9 @@ def test_latents_and_penalty_under_autocast() -> None:
 def test_what_is_refused(arguments: dict[str, Any], rule: str) -> None:
     with pytest.raises(DictlearnError, match=re.escape(rule)):
         unchecked(JumpReLU, **arguments)
+
+
+def test_an_aim_beyond_the_latents_is_refused() -> None:
+    with pytest.raises(DictlearnError, match=r"target_l0 must be at most n_latents = 16, got 17.0"):
+        JumpReLU(penalty="target_l0", target_l0=17.0).bind(16)
+    JumpReLU(penalty="target_l0", target_l0=16.0).bind(16)

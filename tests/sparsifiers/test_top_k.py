@@ -29,7 +29,6 @@ def n_stored(made: Sparsifier, way: str) -> set[int]:
         (4, 16, 12, {0: 15, 5: 10, 11: 4, 12: 4, 99: 4}),
         (12, 2, 10, {0: 3, 4: 7, 9: 12, 50: 12}),  # up
         (4, 16, "run", {0: 16, 24: 13, 49: 10, 99: 4}),
-        (4, 16, None, {0: 4, 99: 4}),
         (4, None, "run", {0: 4, 99: 4}),
     ],
 )
@@ -42,6 +41,13 @@ def test_k_moves_from_its_start(way: str, k: int, k_start: int, anneal: int | st
         pre_acts = torch.randn(9, N_LATENTS) + 10
         assert ((sparsifier(pre_acts) != 0).sum(-1) == k).all()  # at inference always k
     assert sparsifier.for_inference().config() == {"k": k}
+
+
+def test_a_start_that_would_have_no_effect_is_refused() -> None:
+    with pytest.raises(
+        DictlearnError, match=r"k_start=16 needs sparsifier.anneal, a number of steps or run, got None"
+    ):
+        TopK(4, k_start=16, anneal=None)
 
 
 def test_a_start_beyond_the_latents_is_refused() -> None:
