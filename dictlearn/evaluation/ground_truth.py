@@ -62,13 +62,16 @@ class _Account:
         d = self.dictionary
         size = chunk_tokens(d.n_latents)
         self.floor.update(x.unsqueeze(1), (true @ self.model.directions + self.model.planted.bias).unsqueeze(1))
-        for part, values, (latents, recon) in zip(x.split(size), true.split(size), reconstruct(d, x), strict=True):
+        reads = d.select_reads({NAME: x})
+        for part, values, (latents, recon) in zip(
+            x.split(size), true.split(size), reconstruct(d, reads), strict=True
+        ):
             written = latents.to_dense()[:, self.matching.latent] * self.norms
             if d.input_norm == "layer_norm":
                 written = written * layer_norm(part).std
             self.detection.update(values, written)
             self.firing.update(latents)
-            self.variance.update(part.unsqueeze(1), recon.unsqueeze(1))
+            self.variance.update(part.unsqueeze(1), d.split_writes(recon)[NAME].unsqueeze(1))
 
     def sections(self) -> Sections:
         table = self._table()

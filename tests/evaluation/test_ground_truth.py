@@ -14,6 +14,7 @@ from torch import Tensor
 from dictlearn.data import Planted
 from dictlearn.data.planted import PlantedModel
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.evaluation import EvaluationContext, evaluate
 from dictlearn.evaluation.behaviour import Behaviour
@@ -70,6 +71,16 @@ def test_the_true_dictionary_is_perfect(order: Tensor) -> None:
     assert found["l0"] == pytest.approx(found["true_l0"], rel=2e-3)
     assert found["frac_dead"] == found["n_duplicates"] == 0
     assert "levels" not in found
+
+
+def test_a_crosscoder_of_the_one_site_is_that_dictionary() -> None:
+    sae = true_dictionary(ORTHONORMAL)
+    crosscoder = Crosscoder(32, 32, N_FEATURES, ReLU(l1=0.0), reads=("planted",), writes=("planted",))
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            crosscoder.get_parameter(name).view(parameter.shape).copy_(parameter)
+    found, expected = (ground_truth(ORTHONORMAL, each) for each in (crosscoder, sae))
+    assert found == pytest.approx(expected)
 
 
 def test_a_shrunk_dictionary_gives_the_factor() -> None:
