@@ -40,20 +40,21 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    "relu": Architecture(["sparsifier=relu"], "sparsifier.l1", (0.05, 0.1, 0.2, 0.4, 0.8)),
+    "relu": Architecture(["sparsifier=relu"], "sparsifier.l1", (0.025, 0.05, 0.1, 0.2, 0.4)),
     "relu, p annealed": Architecture(
-        ["sparsifier=relu", "sparsifier.p=0.2"], "sparsifier.l1", (0.05, 0.1, 0.2, 0.4, 0.8)
+        ["sparsifier=relu", "sparsifier.p=0.2"], "sparsifier.l1", (0.01, 0.02, 0.04, 0.08, 0.16)
     ),
     "top_k": Architecture(["sparsifier=top_k"]),
     "batch_top_k": Architecture(["sparsifier=batch_top_k"]),
     "top_k, layer norm": Architecture(["sparsifier=top_k", "normalise=layer_norm"]),
     "batch_top_k, layer norm": Architecture(["sparsifier=batch_top_k", "normalise=layer_norm"]),
-    "jump_relu": Architecture(
-        ["sparsifier=jump_relu"], "sparsifier.coefficient", (0.0005, 0.001, 0.002, 0.004, 0.008)
+    "jump_relu": Architecture(["sparsifier=jump_relu"], "sparsifier.target_l0"),
+    "jump_relu, tanh": Architecture(
+        ["sparsifier=jump_relu_tanh"], "sparsifier.coefficient", (0.0005, 0.001, 0.002, 0.004, 0.008)
     ),
     "abs_top_k": Architecture(["sparsifier=abs_top_k"]),
     "group_max": Architecture(["sparsifier=group_max"]),
-    "gated": Architecture(["dictionary=gated"], "sparsifier.l1", (0.05, 0.1, 0.2, 0.4, 0.8)),
+    "gated": Architecture(["dictionary=gated"], "sparsifier.l1", (0.05, 0.1, 0.15, 0.2, 0.4)),
     "matryoshka": Architecture(["dictionary=matryoshka", "sparsifier=batch_top_k"]),
     "bilinear": Architecture(["dictionary=bilinear", "sparsifier=top_k"]),
     "transcoder": Architecture(["dictionary=transcoder"], site=MLP),

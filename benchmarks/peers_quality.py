@@ -47,9 +47,9 @@ SPARSITIES: dict[
     "top_k": {OWN: K, "saelens": K, "dictionary_learning": K, "sparsify": K},
     "batch_top_k": {OWN: K, "saelens": K, "dictionary_learning": K},
     "matryoshka": {OWN: K, "saelens": K, "dictionary_learning": K},
-    "relu": {OWN: (0.1, 0.2, 0.4), "saelens": (1.0, 2.0, 4.0), "dictionary_learning": (0.08, 0.16, 0.32)},
-    "gated": {OWN: (0.1, 0.2, 0.4), "saelens": (1.0, 2.0, 4.0), "dictionary_learning": (0.08, 0.16, 0.32)},
-    "jump_relu": {OWN: (0.001, 0.002, 0.004), "saelens": (0.12, 0.25, 0.5), "dictionary_learning": (10, 16, 24)},
+    "relu": {OWN: (0.05, 0.1, 0.2), "saelens": (1.0, 2.0, 4.0), "dictionary_learning": (0.08, 0.16, 0.32)},
+    "gated": {OWN: (0.1, 0.15, 0.25), "saelens": (1.0, 2.0, 4.0), "dictionary_learning": (0.08, 0.16, 0.32)},
+    "jump_relu": {OWN: K, "saelens": (0.12, 0.25, 0.5), "dictionary_learning": (10, 16, 24)},
 }
 OVERRIDES = {  # of ours; the last one takes the sparsity
     "top_k": ["sparsifier=top_k", "sparsifier.k="],
@@ -57,7 +57,7 @@ OVERRIDES = {  # of ours; the last one takes the sparsity
     "matryoshka": ["dictionary=matryoshka", "sparsifier=batch_top_k", "sparsifier.k="],
     "relu": ["sparsifier=relu", "sparsifier.l1="],
     "gated": ["dictionary=gated", "sparsifier.l1="],
-    "jump_relu": ["sparsifier=jump_relu", "sparsifier.coefficient="],
+    "jump_relu": ["sparsifier=jump_relu", "sparsifier.target_l0="],
 }
 LR_FACTOR = 3.0  # ours by default
 MOST_DIFFERENCE = 1e-3  # between a peer's reconstruction and ours of its tensors, as a share of its norm

@@ -42,7 +42,7 @@ class JumpReLU(Sparsifier):
         bandwidth: width of the rectangle.
         pre_act_coefficient: of the mean over tokens of sum_i relu(threshold_i - pre_act_i) ||W_dec_i|| / s over
             the dead latents i, which gives them a gradient.
-        ramp: over which the coefficient rises from 0: null, a number of steps, or the whole `run`.
+        ramp: over which the coefficient rises from 0: null, a number of steps, a share of the run, or `run`.
     """
 
     SHARPNESS: ClassVar[float] = 4.0  # of tanh

@@ -30,7 +30,7 @@ class ReLU(Sparsifier):
         p: exponent at the end of the run. Below 1 it comes down from 1 in ten jumps, the first at `anneal_from`;
             at each the weight is rescaled, so that the penalty of that batch stays what it was.
         anneal_from: share of the run before p moves.
-        ramp: over which `l1` rises from 0: null, a number of steps, or the whole `run`.
+        ramp: over which `l1` rises from 0: null, a number of steps, a share of the run, or `run`.
     """
 
     norm_weighted = True

@@ -202,7 +202,7 @@ def test_latents_and_penalty_under_autocast() -> None:
         ({"target_l0": 5.0}, "goes with penalty=target_l0, got target_l0=5.0 and penalty=tanh."),
         ({"penalty": "target_l0"}, "goes with penalty=target_l0, got target_l0=None and penalty=target_l0."),
         ({"pre_act_coefficient": math.inf}, "sparsifier.pre_act_coefficient must be a finite number"),
-        ({"ramp": 0}, "sparsifier.ramp must be null, a whole number of steps from 1, or run, got 0."),
+        ({"ramp": 0}, "sparsifier.ramp must be null, a whole number of steps from 1, a share of the run"),
     ],
 )
 def test_what_is_refused(arguments: dict[str, Any], rule: str) -> None:
