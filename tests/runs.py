@@ -1,9 +1,11 @@
 """Small runs of the two doors, in this process or as commands."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def run_evaluate(*overrides: str) -> Results:
 
 
 def command(script: str, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """`python train.py ...` as a user runs it; output is captured."""
+    """`python train.py ...` as a user runs it, who can end it with Ctrl-C; output is captured."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments],
@@ -55,6 +57,7 @@ def command(script: str, *arguments: str, cwd: Path | None = None) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 

@@ -47,7 +47,7 @@ def wait_for_step(run_dir: Path, step: int, process: object) -> None:
         time.sleep(0.005)
 
 
-def test_killed_at_ten_random_steps_gives_the_same_bits(tmp_path: Path) -> None:
+def test_killed_at_random_steps_gives_the_same_bits(tmp_path: Path) -> None:
     """Epochs, a grid and several sites; resume=auto goes on each time, also before the first checkpoint."""
     text = text_file(tmp_path / "text.txt")
     overrides = [*without("n_tokens"), "n_tokens=76_800", "data=local", f"data.path={text}", "experiment=single"]
@@ -59,14 +59,14 @@ def test_killed_at_ten_random_steps_gives_the_same_bits(tmp_path: Path) -> None:
     assert whole.returncode == 0, out
     assert "epoch 2" in out
     cut_dir, make, n_killed = tmp_path / "cut", random.Random(time.time_ns()), 0
-    for step in sorted(make.sample(range(1, 290), 10)):
+    for step in sorted(make.sample(range(1, 290), 4)):
         process = command("train.py", *overrides, f"run_dir={cut_dir}")
         wait_for_step(cut_dir, step, process)
         time.sleep(make.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         n_killed += process.returncode == -signal.SIGKILL
-    assert n_killed >= 8  # the last ones may have been too late
+    assert n_killed >= 3  # the last one may have been too late
     final = command("train.py", *overrides, f"run_dir={cut_dir}")
     out, _ = final.communicate()
     assert final.returncode == 0, out

@@ -138,6 +138,19 @@ def test_single_experiment_builds_what_was_asked(tmp_path: Path, overrides: list
     assert holds(dictionary)
 
 
+SHORT = ["experiment=single", "site=resid_post.1", "n_tokens=20_000", "~evaluation.blocks.behaviour"]
+BASES = {"usual": SHORT, "with dead latents": [*SHORT, "expansion=16", "sparsifier.k=1"]}
+
+
+@pytest.fixture(scope="module")
+def base_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = {}
+    for name, overrides in BASES.items():
+        run_train(run_dir := tmp_path_factory.mktemp("base"), *overrides)
+        found[name] = weight_hashes(run_dir)
+    return found
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -164,13 +177,10 @@ def test_single_experiment_builds_what_was_asked(tmp_path: Path, overrides: list
         "dictionary.module.decoder_norm=free",
     ],
 )
-def test_every_knob_changes_the_weights(tmp_path: Path, override: str) -> None:
-    base = ["experiment=single", "site=resid_post.1", "n_tokens=20_000", "~evaluation.blocks.behaviour"]
-    if override.startswith(("objective", "dead_after_tokens")):  # AuxK needs latents that die
-        base += ["expansion=16", "sparsifier.k=1"]
-    run_train(tmp_path / "base", *base)
-    run_train(tmp_path / "changed", *base, override)
-    assert weight_hashes(tmp_path / "base") != weight_hashes(tmp_path / "changed")
+def test_every_knob_changes_the_weights(base_weights: dict[str, Any], tmp_path: Path, override: str) -> None:
+    which = "with dead latents" if override.startswith(("objective", "dead_after_tokens")) else "usual"
+    run_train(tmp_path, *BASES[which], override)
+    assert weight_hashes(tmp_path) != base_weights[which]
 
 
 def test_local_text(tmp_path: Path) -> None:

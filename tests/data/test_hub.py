@@ -326,7 +326,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path):
     start = time.monotonic()
     (answer,) = ask(tmp_path, "http://127.0.0.1:9", [{"name": NAME}])
     assert "The Hub at http://127.0.0.1:9 must be reached to look up someone/stories" in answer[0][0]
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 90  # not the many minutes of retries
 
 
 WORK = """
