@@ -1,4 +1,4 @@
-"""How a coefficient or a k moves: at once (`null`), over a number of steps, a share of the run, or all of it (`run`)."""
+"""How a coefficient or a k moves: at once (`null`), over a number of steps, a share of the run, or all (`run`)."""
 
 from __future__ import annotations
 
