@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from dictlearn.files import reason
 from dictlearn.types import DictlearnError
 
 FORMAT = 1
+UNRECORDED_SCHEDULE = 2  # of the manifests that do not say it
 MANIFEST, STATISTICS, LOCK = "manifest.json", "statistics.safetensors", "lock"
 ABOUT = (
     "Activations of a language model in the order in which a shuffled run used them. Only tokens that count are "
@@ -47,8 +48,13 @@ DECIDING = {
     "max_norm_ratio": _Setting("data.max_norm_ratio", (int, float, type(None))),
     "dtype": _Setting("data.store_dtype", str),
 }
-# How much the run that wrote it asked for, and the prefix that its site statistics are of.
-WRITTEN_FOR = {"n_tokens": _Setting("n_tokens", int), "batch_size": _Setting("batch_size", int)}
+# How much the run that wrote it asked for, and the order that only the same code continues. Then the prefix that
+# its site statistics are of.
+WRITTEN_FOR = {
+    "n_tokens": _Setting("n_tokens", int),
+    "batch_size": _Setting("batch_size", int),
+    "schedule": _Setting("the version of dictlearn's shuffle", int),
+}
 STATISTICS_OF = {"statistics_n_tokens": _Setting("statistics_n_tokens", int)}
 NAMES = {"lm_name": _Setting("lm.name", str), "lm_revision": _Setting("lm.revision", (str, type(None)))}
 SETTINGS = DECIDING | WRITTEN_FOR | STATISTICS_OF | NAMES
@@ -110,7 +116,10 @@ def bytes_per_activation(width: int, dtype: str) -> int:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """None where there is none. Raises DictlearnError for one that cannot be read or is of another format."""
+    """None where there is none; without the last shards whose files are gone, so that they are written again.
+
+    Raises DictlearnError for one that cannot be read or is of another format.
+    """
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text())
@@ -124,12 +133,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     damaged = DictlearnError(f"{path} is damaged: let a run write the store again, into another folder")
     try:
         shards = tuple(Shard(**shard) for shard in raw["shards"])
-        manifest = Manifest(raw["contents"], raw["statistics_sha256"], shards)
+        contents = {"schedule": UNRECORDED_SCHEDULE, **raw["contents"]}
+        manifest = Manifest(contents, raw["statistics_sha256"], shards)
         if not _is_valid(manifest):
             raise damaged
     except (KeyError, TypeError, AttributeError):
         raise damaged from None
-    return manifest
+    n = len(shards)
+    while n and not (folder / shard_name(n - 1)).exists():
+        n -= 1
+    return replace(manifest, shards=shards[:n])
 
 
 def _is_valid(manifest: Manifest) -> bool:
@@ -163,8 +176,8 @@ def _is(value: Any, kind: Any) -> bool:
 def differences(manifest: Manifest, asked: Mapping[str, Any]) -> list[str]:
     """What of `asked`, some or all of the keys of a manifest's contents, the store does not hold.
 
-    A complete store is read at any batch size, and by runs of fewer tokens and sites; one that is not complete is
-    only continued, which takes the same ones.
+    A complete store is read at any batch size, and by runs of fewer tokens and sites, in its own order; one that is
+    not complete is only continued, which takes the same ones.
     """
     stored = manifest.contents
     compared = DECIDING | STATISTICS_OF | ({} if manifest.complete else WRITTEN_FOR)

@@ -14,6 +14,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from dictlearn.choices import STREAMS
+from dictlearn.data import schedule
 from dictlearn.data.base import Stream
 from dictlearn.data.manifest import STORE_DTYPES
 from dictlearn.data.normalize import SiteStatistics, estimate_norm_filter, estimate_statistics
@@ -223,4 +224,4 @@ def store_setting_problem(text: RowData, stream: str) -> str | None:
 def asked_of_text(text: RowData) -> dict[str, Any]:
     """What a configuration of text alone asks of an activation store."""
     same = ("ctx", "block_rows", "n_slices", "lm_batch_rows", "max_norm_ratio")
-    return {**{key: getattr(text, key) for key in same}, "dtype": text.store_dtype}
+    return {**{key: getattr(text, key) for key in same}, "dtype": text.store_dtype, "schedule": schedule.VERSION}

@@ -3,6 +3,7 @@
 A store is a folder of safetensors shards, manifest.json (manifest.py), and the site statistics of the run that
 wrote it. Every file is written beside its place, synced and renamed; the manifest names a shard once it is whole.
 So a store that is not complete is a whole beginning: the same run, or one of the same settings, goes on after it.
+Shards whose files are gone, from one up to the last, are written again in this way.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ from dictlearn.files import folder_problem, reason
 from dictlearn.types import DictlearnError
 
 PARTIAL = ".part"
+REWRITE = (
+    "delete it and all shards of higher numbers, and the command that wrote the store, with another run_dir, "
+    "writes them again; or leave out data.store"
+)
 
 
 class ActivationStore:
@@ -141,14 +146,14 @@ class ActivationStore:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
-            raise self._damaged(path, reason(error)) from error
+            raise _damaged_shard(path, reason(error)) from error
         for name, value in tensors.items():
             width = [] if name in ORIGIN else [self.contents["sites"][name]]
             dtype = getattr(torch, str(ORIGIN.get(name, self.contents["dtype"])))
             if (list(value.shape), value.dtype) != ([shard.n, *width], dtype):
-                raise self._damaged(path, f"{name} is {list(value.shape)} {value.dtype}")
+                raise _damaged_shard(path, f"{name} is {list(value.shape)} {value.dtype}")
             if _sha256(value) != shard.sha256[name]:
-                raise self._damaged(path, f"{name} has another sha256 than in {MANIFEST}")
+                raise _damaged_shard(path, f"{name} has another sha256 than in {MANIFEST}")
         return tensors
 
     def close(self) -> None:
@@ -171,6 +176,10 @@ class ActivationStore:
             f"{path} is damaged ({what}): delete {self.folder} and let a run write it again, or leave out "
             "data.store"
         )
+
+
+def _damaged_shard(path: Path, what: str) -> DictlearnError:
+    return DictlearnError(f"{path} is damaged ({what}): {REWRITE}")
 
 
 def store_problems(folder: str, asked: Mapping[str, Any]) -> list[str]:
@@ -232,10 +241,7 @@ def _missing_files(folder: Path, manifest: Manifest) -> list[str]:
     if not wrong:
         return []
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return [
-        f"{folder / wrong[0]}{more} is missing or has another size than in {MANIFEST}: delete {folder} and let a "
-        "run write it again, or leave out data.store"
-    ]
+    return [f"{folder / wrong[0]}{more} is missing or has another size than in {MANIFEST}: {REWRITE}"]
 
 
 def _has_size(path: Path, size: int) -> bool:

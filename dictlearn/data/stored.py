@@ -147,7 +147,8 @@ class StoredStream:
 
     def _fingerprint(self) -> str:
         contents = self.store.contents
-        parts = [{key: contents[key] for key in DECIDING}, contents["sites"], self.store.n_tokens, self.batch_size]
+        order = {key: contents[key] for key in (*DECIDING, "schedule")}
+        parts = [order, contents["sites"], self.store.n_tokens, self.batch_size]
         return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dictlearn.data import ActivationData, StoredStream, schedule, store, stored
+from dictlearn.data import ActivationData, StoredStream, store, stored
 from dictlearn.data.manifest import LOCK, MANIFEST
 from dictlearn.lm import LM
 from dictlearn.training import run
@@ -208,15 +208,6 @@ def test_a_begun_store_is_read_before_the_lm_runs(data: Make, n_read: list[int])
     assert n_read == []
     next(again)
     assert n_read
-    made.close()
-
-
-def test_a_begun_store_of_another_order_is_not_continued(data: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches(data(), 10)
-    monkeypatch.setattr(schedule, "VERSION", schedule.VERSION - 1)
-    made = data()
-    with pytest.raises(DictlearnError, match="in the same order of activations"):
-        list(made.train_dataloader())
     made.close()
 
 

@@ -1,6 +1,9 @@
-"""Activation stores of other settings, in use, without room or damaged: clear words before anything runs."""
+"""Activation stores of other settings, in use, without room or damaged: clear words before anything runs, and what
+helps.
+"""
 
 import json
+import shutil
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,11 +14,11 @@ import pytest
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from dictlearn.data import store
+from dictlearn.data import schedule, store
 from dictlearn.data.manifest import LOCK, MANIFEST, STATISTICS
 from dictlearn.lm import LM
 from dictlearn.types import DictlearnError
-from tests.data.stores import SITES, Make, batches
+from tests.data.stores import SITES, Make, batches, equal, manifest
 
 # -- refusals --
 
@@ -70,6 +73,42 @@ def test_a_store_that_is_not_complete_is_not_read_by_another_run(data: Make) -> 
             data(**changes).statistics(300)
 
 
+def test_a_begun_store_of_another_order_is_not_continued(
+    data: Make, n_read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its order would change in the middle; a complete one is read as it is, and says of which version it is."""
+    expected = batches(data(store=(complete := str(data().text.store) + "2")))
+    batches(data(), 10)
+    state = data(store=complete).train_dataloader().state_dict()
+    n_read.clear()
+    monkeypatch.setattr(schedule, "VERSION", schedule.VERSION + 1)
+    versions = f"is {schedule.VERSION - 1} there, {schedule.VERSION} here"
+    with pytest.raises(DictlearnError, match=f"is not complete .*: the version of dictlearn's shuffle {versions}"):
+        data().statistics(300)
+    reader = data(store=complete)
+    assert reader.activation_store is not None
+    assert reader.activation_store.contents["schedule"] == schedule.VERSION - 1
+    reader.train_dataloader().load_state_dict(state)
+    assert equal(batches(reader), expected)
+    assert n_read == []
+    shutil.rmtree(complete)
+    with pytest.raises(DictlearnError, match="was the store written again"):
+        data(store=complete).train_dataloader().load_state_dict(state)
+
+
+def test_stores_from_before_the_version_was_recorded_are_of_version_2(
+    data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "VERSION", 2)
+    expected = batches(data(store=str(tmp_path / "whole")))
+    batches(data(), 10)
+    path = tmp_path / "store" / MANIFEST
+    raw = manifest(tmp_path)
+    assert raw["contents"].pop("schedule") == 2
+    path.write_text(json.dumps(raw))
+    assert equal(batches(data()), expected)
+
+
 def test_a_folder_of_something_else_is_refused(data: Make, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "thesis.tex").write_text("")
@@ -121,7 +160,9 @@ def test_a_damaged_shard_is_an_error_that_names_it(data: Make, tmp_path: Path, p
     flip(tmp_path / "store" / "shard-00003.safetensors", place)
     stream = iter(data().train_dataloader())
     assert len(list(islice(stream, 9))) == 9, "what comes before it is whole"
-    with pytest.raises(DictlearnError, match=r"shard-00003.safetensors is damaged \(.*\): delete .*data.store"):
+    with pytest.raises(
+        DictlearnError, match=r"shard-00003.safetensors is damaged \(.*\): delete it and all shards of higher"
+    ):
         next(stream)
 
 
@@ -144,6 +185,27 @@ def test_missing_and_short_files_are_seen_at_once(data: Make, n_read: list[int],
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DictlearnError, match=r"shard-00005.safetensors is missing or has another size"):
         data().statistics(300)
+
+
+@pytest.mark.parametrize("first", [0, 3, 6])
+def test_a_damaged_shard_and_what_comes_after_it_are_written_again(
+    data: Make, n_read: list[int], tmp_path: Path, first: int
+) -> None:
+    """As the error says: once they are deleted, a run of the same settings writes the same files."""
+    expected = batches(data())
+    files = {path.name: path.read_bytes() for path in (tmp_path / "store").glob("shard-*")}
+    assert len(files) == 7
+    for name in sorted(files)[first:]:
+        (tmp_path / "store" / name).unlink()
+    with pytest.raises(DictlearnError, match=rf"is not complete \({150 * first} of 1,000 activations\), and only"):
+        data(n_tokens=100).statistics(300)
+    n_read.clear()
+    assert equal(batches(data()), expected)
+    assert n_read
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").glob("shard-*")} == files
+    n_read.clear()
+    assert equal(batches(data()), expected)
+    assert n_read == []
 
 
 def test_damaged_statistics_are_refused(data: Make, tmp_path: Path) -> None:
