@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from dictlearn.checks import check_flag
 from dictlearn.dictionaries import _latents, _scales
 from dictlearn.dictionaries._input_norm import check_input_norm
+from dictlearn.dictionaries._sites import Sited
 from dictlearn.kernels import LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
 from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.types import DictlearnError, LatentRows, Latents, Output, Scalar, SparseLatents, Step
 
 
-class Dictionary(nn.Module, ABC):
+class Dictionary(Sited, nn.Module, ABC):
     """A sparse dictionary reading activations at `reads` and writing reconstructions at `writes`.
 
     Args:
@@ -47,7 +48,6 @@ class Dictionary(nn.Module, ABC):
     Raises DictlearnError for values outside these, and where `sparsifier` does not fit `n_latents`.
     """
 
-    site_axis: ClassVar[bool] = False  # several read or write sites: activations have a site axis before the width
     linear_encoder: ClassVar[bool] = True  # pre-activations are x~ @ W_enc + b_enc
     latent_axis: ClassVar[Mapping[str, int]] = {"W_enc": -1, "b_enc": 0, "W_dec": 0}  # one entry a latent
     fresh: ClassVar[Mapping[str, float | str]] = {}  # a latent's other weights at its start: a value or a weight
@@ -98,11 +98,6 @@ class Dictionary(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(write_axes))
         self.W_skip = nn.Parameter(torch.zeros(*write_axes, *read_axes)) if skip else None  # [d_out, d_in]
 
-    @property
-    def is_autoencoder(self) -> bool:
-        """Whether it reads and writes the same sites."""
-        return self.reads == self.writes
-
     # -- the public, raw-unit interface -------------------------------------------------------------------------
 
     @abstractmethod
@@ -133,26 +128,6 @@ class Dictionary(nn.Module, ABC):
     @abstractmethod
     def pre_activations(self, x: Tensor) -> Tensor | None:
         """`[*, n_latents]` before the sparsifier."""
-
-    # -- sites --
-
-    def select_reads(self, acts: Mapping[str, Tensor]) -> Tensor:
-        """The input of this dictionary among activations by site: `[*, d_in]` or `[*, n_reads, d_in]`."""
-        return self._select(acts, self.reads)
-
-    def select_writes(self, acts: Mapping[str, Tensor]) -> Tensor:
-        """The target of this dictionary among activations by site: `[*, d_out]` or `[*, n_writes, d_out]`."""
-        return self._select(acts, self.writes)
-
-    def split_writes(self, recon: Tensor) -> dict[str, Tensor]:
-        """Reconstruction by write site, each `[*, d_out]`."""
-        return dict(zip(self.writes, recon.unbind(-2) if self.site_axis else (recon,), strict=True))
-
-    def _select(self, acts: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-        return torch.stack([acts[name] for name in names], dim=-2) if self.site_axis else acts[names[0]]
-
-    def _axes(self, names: Sequence[str], width: int) -> tuple[int, ...]:
-        return (len(names), width) if self.site_axis else (width,)
 
     # -- normalised units, site axes flattened --
 
