@@ -23,7 +23,7 @@ from dictlearn.checks import check_flag
 from dictlearn.dictionaries import _latents, _scales
 from dictlearn.dictionaries._input_norm import check_input_norm
 from dictlearn.dictionaries._sites import Sited
-from dictlearn.kernels import LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
+from dictlearn.kernels import EPS, LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
 from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.types import DictlearnError, LatentRows, Latents, Output, Scalar, SparseLatents, Step
@@ -42,8 +42,8 @@ class Dictionary(Sited, nn.Module, ABC):
             does not; None chooses "unit" for a sparse autoencoder unless the sparsifier's penalty is weighted by
             decoder norms.
         input_norm: "none", or "layer_norm": each token by itself, as in SAELens: z = (x - mean) / (std + 1e-5) over
-            the width, std unbiased; recon is multiplied by the same std + 1e-5 and shifted by the same mean. It
-            depends on the token, so it is never folded into weights. For autoencoders of one site.
+            the width, std unbiased; recon is multiplied by std and shifted by the mean. It depends on the token, so
+            it is never folded into weights. For autoencoders of one site.
 
     Raises DictlearnError for values outside these, and where `sparsifier` does not fit `n_latents`.
     """
@@ -162,7 +162,7 @@ class Dictionary(Sited, nn.Module, ABC):
         y = y.to(self.b_dec.dtype)
         if self.input_norm == "layer_norm":
             _, mean, std = self._layer_norm(x)
-            y = (y - mean) / std
+            y = (y - mean) / (std + EPS)
         return (y * self.write_scale.unsqueeze(-1)).flatten(-2) if self.site_axis else y * self.write_scale
 
     def denormalise(self, flat: Float[Tensor, "*batch writes"], x: Tensor | None = None) -> Tensor:
@@ -187,6 +187,12 @@ class Dictionary(Sited, nn.Module, ABC):
         """||W_dec_i||; of several write sites, the sum of the norms."""
         norms = self.W_dec.norm(dim=-1)
         return norms.sum(-1) if self.site_axis else norms
+
+    def penalty_norms(self) -> Float[Tensor, " n_latents"]:
+        """By which a penalty weighs the latents: ||W_dec_i||; of several write sites the mean of the norms, as the
+        reconstruction loss is a mean over these, so that coefficients mean the same at every number of them.
+        """
+        return self.decoder_norms() / len(self.writes)
 
     # -- latents one by one --
 

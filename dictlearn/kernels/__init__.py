@@ -8,11 +8,12 @@ code on a CPU (native.cpp) and plain torch (backend.py); what it computes is wri
 from dictlearn.kernels.decode import decode
 from dictlearn.kernels.encode import encode_abs_top_k, encode_batch_top_k, encode_group_max, encode_top_k
 from dictlearn.kernels.gather import row_products, scatter_outer
-from dictlearn.kernels.layer_norm import LayerNormed, layer_norm
+from dictlearn.kernels.layer_norm import EPS, LayerNormed, layer_norm
 from dictlearn.kernels.rows import normalise_rows_, project_rows_
 from dictlearn.kernels.select import top_columns, top_entries
 
 __all__ = [
+    "EPS",
     "LayerNormed",
     "decode",
     "encode_abs_top_k",

@@ -11,15 +11,15 @@ EPS = 1e-5
 
 
 class LayerNormed(NamedTuple):
-    """`x == z * std + mean` (up to rounding): what undoes the normalisation of each token."""
+    """`z = (x - mean) / (std + EPS)`; what undoes it is `z * std + mean`, without EPS, as there."""
 
     z: Float[Tensor, "*batch d"]
     mean: Float[Tensor, "*batch 1"]
-    std: Float[Tensor, "*batch 1"]  # with EPS already added
+    std: Float[Tensor, "*batch 1"]  # unbiased, d - 1
 
 
 def layer_norm(x: Float[Tensor, "*batch d"]) -> LayerNormed:
-    """`z = (x - mean) / std` over the last axis, std = (unbiased standard deviation, d - 1) + 1e-5.
+    """`z = (x - mean) / (std + 1e-5)` over the last axis, std unbiased.
 
     Not torch's `layer_norm`, whose eps is inside the root of the biased variance. Differentiable; in the type of
     `x`. Raises ValueError where d is 1, which has no unbiased standard deviation.
@@ -28,5 +28,5 @@ def layer_norm(x: Float[Tensor, "*batch d"]) -> LayerNormed:
         raise ValueError(f"layer_norm needs at least two dimensions per token, got shape {tuple(x.shape)}")
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
-    std = centred.std(-1, keepdim=True) + EPS
-    return LayerNormed(centred / std, mean, std)
+    std = centred.std(-1, keepdim=True)
+    return LayerNormed(centred / (std + EPS), mean, std)

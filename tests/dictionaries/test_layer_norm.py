@@ -32,8 +32,8 @@ def made(sparsifier: Sparsifier, d: int = 6, site: str = "x") -> Linear:
 def by_hand(dictionary: Linear, token: Tensor) -> tuple[list[float], list[float]]:
     """Latents and reconstruction of one token by SAELens' rule; scales 1, everything kept (ReLU)."""
     values = token.double().tolist()
-    mean, std = statistics.fmean(values), statistics.stdev(values) + 1e-5
-    z = [(value - mean) / std for value in values]
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    z = [(value - mean) / (std + 1e-5) for value in values]
     W_enc, W_dec = dictionary.W_enc.double().tolist(), dictionary.W_dec.double().tolist()
     b_enc, b_dec = dictionary.b_enc.double().tolist(), dictionary.b_dec.double().tolist()
     latents = [max(0.0, sum(z[j] * W_enc[j][i] for j in range(len(z))) + b_enc[i]) for i in range(len(b_enc))]
@@ -160,11 +160,11 @@ def test_attached_gradients(lm: LM, policy: str) -> None:
     """Latents get the gradient of their own write, std included; the site passes what the policy says."""
     sae = made(ReLU(0.1), lm.d_model, SITE).requires_grad_(False)
     embeddings, act, to_embeddings, to_act = clean(lm)
-    std = act.var(-1, keepdim=True).sqrt() + 1e-5
+    std = act.var(-1, keepdim=True).sqrt()
     mean = act.mean(-1, keepdim=True)
     at_embeddings, at_latents = gradients(lm, sae, policy)
     torch.testing.assert_close(at_latents, (to_act * std) @ sae.W_dec.T, rtol=1e-4, atol=1e-6)
-    latents = (((act - mean) / std) @ sae.W_enc + sae.b_enc).relu()
+    latents = (((act - mean) / (std + 1e-5)) @ sae.W_enc + sae.b_enc).relu()
     recon = (latents @ sae.W_dec + sae.b_dec) * std + mean
     through_recon = torch.autograd.grad((recon * to_act).sum(), embeddings)[0]
     expected = {"transparent": to_embeddings, "frozen_error": through_recon, "stop": torch.zeros_like(embeddings)}

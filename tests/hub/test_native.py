@@ -94,11 +94,10 @@ TENSORS = {  # of each architecture there, which refuses others
 }
 
 
-def sae_lens_rule(folder: Path, x: Tensor, put_back: float = 0.0) -> tuple[Tensor, Tensor]:
+def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     """Latents and reconstruction by the rules of SAELens v6 inference, in float64.
 
-    A layer norm divides by the standard deviation + 1e-5 and is put back with the deviation alone. `put_back` is
-    added to that, as this package does with the same 1e-5, whose layer norm is undone exactly.
+    A layer norm divides by the standard deviation + 1e-5 and is put back with the deviation alone.
     """
     cfg = json.loads((folder / "cfg.json").read_text())
     w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
@@ -106,7 +105,7 @@ def sae_lens_rule(folder: Path, x: Tensor, put_back: float = 0.0) -> tuple[Tenso
     if cfg["normalize_activations"] == "layer_norm":
         mean = x.sum(-1, keepdim=True) / x.shape[-1]
         std = ((x - mean).square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
-        x, std = (x - mean) / (std + 1e-5), std + put_back
+        x = (x - mean) / (std + 1e-5)
     else:
         assert cfg["normalize_activations"] == "none"
         mean, std = 0, 1
@@ -157,7 +156,7 @@ def test_sae_lens_reads_the_same_function(tmp_path: Path, case: str, scale: floa
     dictionary = SAE_LENS_CASES[case]()
     save(dictionary, tmp_path)
     x = scale * torch.randn(50, 6)
-    latents, recon = sae_lens_rule(tmp_path, x, put_back=1e-5)
+    latents, recon = sae_lens_rule(tmp_path, x)
     torch.testing.assert_close(dictionary.encode(x).double(), latents, rtol=1e-5, atol=1e-5 * max(scale, 1.0))
     torch.testing.assert_close(dictionary(x).recon.double(), recon, rtol=1e-5, atol=1e-5 * max(scale, 1.0))
     cfg = json.loads((tmp_path / "cfg.json").read_text())

@@ -129,7 +129,7 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
-        "normalize_activations": dictionary.input_norm,  # the same words there
+        "normalize_activations": dictionary.input_norm,  # the same words and rules there
         "reshape_activations": "hook_z" if by_head else "none",
     }
     if not dictionary.is_autoencoder:
