@@ -1,7 +1,7 @@
 """Which planted features every architecture finds: `python benchmarks/ground_truth.py [--help]`.
 
 Each architecture trains with its settings in conf/ on activations of a known dictionary (data=planted):
-independent features, a hierarchy, features that fire together, and noise. Prints the share of features that have a
+independent features, trees of features, features that fire together, and noise. Prints the share of features that have a
 latent at a cosine of 0.95 and how these latents fire, and writes benchmarks/results/ground_truth.json.
 """
 
@@ -29,13 +29,14 @@ ARCHITECTURES = {
     "jump_relu": ["sparsifier=jump_relu"],
     "abs_top_k": ["sparsifier=abs_top_k"],
     "group_max": ["sparsifier=group_max"],
-    "gated": ["dictionary=gated", "n_tokens=2_000_000"],  # its gates close late: at 1 M tokens 81 % are matched
+    "gated": ["dictionary=gated"],
     "matryoshka": ["dictionary=matryoshka", "sparsifier=batch_top_k"],
     "bilinear": ["dictionary=bilinear", "sparsifier=top_k"],
 }
 SCENARIOS = {
     "independent": [],
-    "hierarchy": ["data.depth=1", "data.branching=3", "data.child_rate=0.3"],
+    # as many features up to a level as 1,024 latents of Matryoshka have up to a prefix: 32, 96, 224, 480
+    "hierarchy": ["data.depth=3", "data.branching=2", "data.n_features=480", "data.d=256", "expansion=4"],
     "correlated": ["data.firing_correlation=0.6"],
     "noise": ["data.noise=1.0"],
 }
@@ -64,17 +65,15 @@ class Task(NamedTuple):
 
 
 def tasks(arguments: argparse.Namespace) -> list[Task]:
-    shared = (
-        f"n_tokens={arguments.n_tokens}",
-        f"evaluation.n_tokens={arguments.heldout_n_tokens}",
-        *arguments.given,
-    )
-    return [
-        Task(name, scenario, seed, (*SCENARIOS[scenario], *shared, *ARCHITECTURES[name], f"seed={seed}"))
-        for scenario in arguments.scenarios
-        for seed in range(arguments.seeds)
-        for name in arguments.architectures
-    ]
+    found = []
+    for scenario in arguments.scenarios:
+        for seed in range(arguments.seeds):
+            for name in arguments.architectures:
+                n_tokens = arguments.n_tokens * LONGER.get(name, 1) * LONGER.get(scenario, 1)
+                sizes = (f"n_tokens={n_tokens}", f"evaluation.n_tokens={arguments.heldout_n_tokens}")
+                overrides = (*sizes, *ARCHITECTURES[name], *SCENARIOS[scenario], *arguments.given, f"seed={seed}")
+                found.append(Task(name, scenario, seed, overrides))
+    return found
 
 
 def measure(task: Task) -> dict[str, Any]:
@@ -137,7 +136,9 @@ def _cell(value: float | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("given", nargs="*", help="further overrides of train.py, such as data.d=64")
-    parser.add_argument("--n-tokens", type=int, default=500_000, help="activations that each dictionary sees")
+    parser.add_argument(
+        "--n-tokens", type=int, default=500_000, help="seen by a dictionary, but for those of LONGER"
+    )
     parser.add_argument("--heldout-n-tokens", type=int, default=50_000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--architectures", default=list(ARCHITECTURES), type=lambda text: text.split(","))
@@ -150,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(row)
         print(f"{task.scenario}, {task.architecture}, seed {task.seed}: {row['frac_matched']:.1%}", flush=True)
     firings = {
-        name: least_firings([*SCENARIOS[name], *arguments.given], arguments.n_tokens)
+        name: least_firings([*SCENARIOS[name], *arguments.given], arguments.n_tokens * LONGER.get(name, 1))
         for name in arguments.scenarios
     }
     show(rows, firings)
     settings = {key: value for key, value in vars(arguments).items() if key != "out"}
-    chosen = {"architectures": ARCHITECTURES, "scenarios": SCENARIOS, "least_firings": firings}
+    chosen = {"architectures": ARCHITECTURES, "scenarios": SCENARIOS, "longer": LONGER, "least_firings": firings}
     write_json({"hardware": hardware(), "arguments": settings, **chosen, "rows": rows}, arguments.out)
 
 
