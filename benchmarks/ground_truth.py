@@ -1,8 +1,8 @@
 """Which planted features every architecture finds: `python benchmarks/ground_truth.py [--help]`.
 
 Each architecture trains with its settings in conf/ on activations of a known dictionary (data=planted):
-independent features, trees of features, features that fire together, and noise. Prints the share of features that have a
-latent at a cosine of 0.95 and how these latents fire, and writes benchmarks/results/ground_truth.json.
+independent features, trees of features, features that fire together, and noise. Prints the share of features that
+have a latent at a cosine of 0.95 and how these latents fire, and writes benchmarks/results/ground_truth.json.
 """
 
 from __future__ import annotations
