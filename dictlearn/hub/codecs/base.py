@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import posixpath
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,24 +14,46 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dictlearn.dictionaries import Dictionary
+from dictlearn.hub.files import Files
 from dictlearn.types import FormatError
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Reads and writes one on-disk format. Files are data: nothing in them names code to run."""
+    """Reads one format of files. Files are data: nothing in them names code to run.
 
-    def matches(self, files: Iterable[str], cfg: Mapping[str, Any]) -> bool:
-        """Whether a folder with these file names and this `cfg.json` (empty if absent) is of this format."""
+    A dictionary is at a place: the name of a folder ("" for that of `files` itself) or of a file.
+    """
+
+    layout: ClassVar[str]  # the files of a dictionary, in a message
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        """The places of dictionaries, as far as the names of the files tell."""
         ...
 
-    def read(self, folder: Path) -> Dictionary:
-        """The dictionary in `folder`, frozen. Raises FormatError naming file, key and expectation."""
+    def matches(self, files: Files, place: str) -> bool:
+        """Whether what is at one of these places is of this format, by its content."""
         ...
+
+    def read(self, files: Files, place: str) -> Dictionary:
+        """The dictionary at a place, frozen. Raises FormatError naming file, key and expectation."""
+        ...
+
+
+@runtime_checkable
+class WritingCodec(Codec, Protocol):
+    """Writes the format as well."""
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         """Write an inference dictionary into `folder`."""
         ...
+
+
+def folders_with(names: Sequence[str], *needed: str) -> list[str]:
+    """The folders, "" for the first one, that hold all these files."""
+    found = {posixpath.dirname(name) for name in names if posixpath.basename(name) == needed[0]}
+    present = set(names)
+    return sorted(folder for folder in found if all(posixpath.join(folder, name) in present for name in needed))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,6 +92,12 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         raise FormatError(f"{path} is missing.") from None
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path} is not a whole safetensors file: {error}.") from None
+    check_tensors(path, tensors, shapes)
+    return {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise FormatError unless there are exactly these keys and shapes, and all values are finite."""
     if set(tensors) != set(shapes):
         missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
         raise FormatError(f"{path} must hold {sorted(shapes)}; missing {missing}, unexpected {extra}.")
@@ -76,7 +105,5 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         found = tuple(tensors[key].shape)
         if found != shape:
             raise FormatError(f"{path}: {key} must have shape {list(shape)}, found {list(found)}.")
-        tensors[key] = tensors[key].to(torch.float32)
-        if not tensors[key].isfinite().all():
+        if tensors[key].numel() and not all(bound.isfinite() for bound in tensors[key].aminmax()):
             raise FormatError(f"{path}: {key} has values that are not finite.")
-    return tensors

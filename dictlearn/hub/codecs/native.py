@@ -11,9 +11,10 @@ autoencoder of `attn_z` takes and gives [..., n_heads, d_head] there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import posixpath
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +24,8 @@ from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries._input_norm import INPUT_NORMS
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.hub.codecs.base import read_json, read_shapes, read_tensors
+from dictlearn.hub.codecs.base import folders_with, read_json, read_shapes, read_tensors
+from dictlearn.hub.files import Files
 from dictlearn.hub.names import from_hook_name, is_hook_name, to_hook_name
 from dictlearn.registry import kind_of, lookup
 from dictlearn.types import DictlearnError, FormatError
@@ -51,12 +53,18 @@ NO_PENALTY: dict[str, dict[str, Any]] = {"relu": {"l1": 0.0}, "jump_relu": {"pen
 class Native:
     """SAELens v6 inference files, and our own architectures in the same layout."""
 
-    def matches(self, files: Iterable[str], cfg: Mapping[str, Any]) -> bool:
-        return {WEIGHTS, CONFIG} <= set(files) and "architecture" in cfg
+    layout: ClassVar[str] = f"{CONFIG} with an `architecture`, beside {WEIGHTS}"
 
-    def read(self, folder: Path) -> Dictionary:
-        cfg = read_json(folder / CONFIG)
-        stored = read_shapes(folder / WEIGHTS)
+    def find(self, names: Sequence[str]) -> list[str]:
+        return folders_with(names, WEIGHTS, CONFIG)
+
+    def matches(self, files: Files, place: str) -> bool:
+        return "architecture" in read_json(files.path(posixpath.join(place, CONFIG)))
+
+    def read(self, files: Files, place: str) -> Dictionary:
+        config, weights = (files.path(posixpath.join(place, name)) for name in (CONFIG, WEIGHTS))
+        cfg = read_json(config)
+        stored = read_shapes(weights)
         try:
             own = cfg.get("metadata", {}).get("dictlearn")
             _check_widths(cfg if own is None else own, stored)
@@ -65,11 +73,11 @@ class Native:
             if own is not None:
                 _check_agreement(cfg, empty)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise FormatError(f"{folder / CONFIG}: missing or wrong field: {error!r}.") from None
+            raise FormatError(f"{config}: missing or wrong field: {error!r}.") from None
         except DictlearnError as error:
-            raise FormatError(f"{folder / CONFIG}: {error}") from None
+            raise FormatError(f"{config}: {error}") from None
         shapes = {name: tuple(parameter.shape) for name, parameter in _parameters(empty).items()}
-        tensors = read_tensors(folder / WEIGHTS, shapes)
+        tensors = read_tensors(weights, shapes)
         dictionary = _build(cfg)
         with torch.no_grad():
             for name, parameter in _parameters(dictionary).items():

@@ -1,0 +1,165 @@
+"""Files of dictionaries on disk and on the Hub, with the genuine client and a local server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import dictlearn
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub import files as files_module
+from dictlearn.hub import save
+from dictlearn.hub.files import hub_files, local_files
+from dictlearn.hub.refs import HubRef
+from dictlearn.types import DictlearnError, FormatError
+from tests.hub.server import COMMIT, Hub, Repository, hub
+
+CONTENT = bytes(range(256)) * 64
+TINY = Repository({"layer_1/params.npz": CONTENT, "README.md": b"tiny"})
+REPOSITORIES = {
+    "someone/tiny": TINY,
+    "someone/gated": Repository({}, refuses=(403, "GatedRepo")),
+    "someone/closed": Repository({}, refuses=(401, "GatedRepo")),
+    "someone/down": Repository({}, refuses=(503, "")),
+    "someone/dropped": Repository({"a.bin": CONTENT}, drops="a.bin"),
+}
+
+
+def published(folder: Path) -> Repository:
+    """Two dictionaries, in folders `a` and `deep/b`."""
+    for place in ("a", "deep/b"):
+        save(Linear.tiny().for_inference(), folder / place)
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return Repository({path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub, and an empty download cache."""
+    with hub({**REPOSITORIES, "someone/two": published(tmp_path / "published")}) as running:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield running
+
+
+def test_a_repository_is_read_file_by_file(server: Hub) -> None:
+    found = hub_files(HubRef("someone/tiny"))
+    assert found.names == ("README.md", "layer_1/params.npz")
+    assert found.source == {"repo": "someone/tiny", "revision": COMMIT}
+    assert [r for r in server.requests if "tiny" in r] == ["GET /api/models/someone/tiny"]
+    assert found.path("layer_1/params.npz").read_bytes() == CONTENT
+    assert not any("README" in request for request in server.requests)
+    n_requests = len(server.requests)
+    assert found.path("layer_1/params.npz").read_bytes() == CONTENT
+    assert len(server.requests) == n_requests, "a file in the cache is asked for again"
+
+
+def test_offline_the_cache_is_what_there_is(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_files(HubRef("someone/tiny")).path("layer_1/params.npz")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    n_requests = len(server.requests)
+    for revision in (None, COMMIT):
+        found = hub_files(HubRef("someone/tiny", "", revision))
+        assert found.names == ("layer_1/params.npz",)
+        assert found.source["revision"] == COMMIT
+        assert found.path("layer_1/params.npz").read_bytes() == CONTENT
+    assert len(server.requests) == n_requests
+    with pytest.raises(DictlearnError, match="someone/tiny@v9 is not in the download cache"):
+        hub_files(HubRef("someone/tiny", "", "v9"))
+    with pytest.raises(DictlearnError, match="someone/dropped is not in the download cache"):
+        hub_files(HubRef("someone/dropped"))
+
+
+REFUSED = {
+    HubRef("someone/none"): "There is no 'someone/none'",
+    HubRef("someone/gated"): "someone/gated is gated: accept its licence",
+    HubRef("someone/closed"): "someone/closed is gated: accept its licence",
+    HubRef("someone/tiny", "", "v9"): "someone/tiny has no revision 'v9'",
+    HubRef("someone/down"): "someone/down is not in the download cache .* cannot be reached: .*503",
+}
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("ref", REFUSED, ids=str)
+def test_why_there_are_no_files(ref: HubRef) -> None:
+    with pytest.raises(DictlearnError, match=REFUSED[ref]):
+        hub_files(ref)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_file_that_ends_half_way_is_no_file(tmp_path: Path) -> None:
+    found = hub_files(HubRef("someone/dropped"))
+    with pytest.raises(DictlearnError, match=re.escape("Cannot download a.bin of someone/dropped")):
+        found.path("a.bin")
+    assert not [path for path in (tmp_path / "cache").rglob("snapshots/*/*")]
+
+
+@pytest.mark.usefixtures("server")
+def test_no_other_file_is_asked_for() -> None:
+    with pytest.raises(DictlearnError, match=r"someone/tiny has no file '\.\./secret'"):
+        hub_files(HubRef("someone/tiny")).path("../secret")
+
+
+def test_a_dictionary_of_the_hub(server: Hub) -> None:
+    loaded = dictlearn.load("someone/two:a")
+    assert isinstance(loaded, Linear)
+    torch.testing.assert_close(loaded.W_dec, Linear.tiny().for_inference().W_dec)
+    assert loaded.metadata["source"] == {"repo": "someone/two", "revision": COMMIT, "path": "a"}
+    assert not any("/deep/" in request for request in server.requests)
+    only = dictlearn.load(f"someone/two:deep@{COMMIT}")  # the only one in there
+    assert isinstance(only, Linear)
+    assert only.metadata["source"]["path"] == "deep/b"
+
+
+@pytest.mark.usefixtures("server")
+def test_which_dictionary_of_the_hub_is_asked_back() -> None:
+    with pytest.raises(DictlearnError, match="someone/two holds 2 dictionaries: name the path of one, a, deep/b"):
+        dictlearn.load("someone/two")
+    with pytest.raises(DictlearnError, match=r"someone/two has no 'b'; it has a/cfg\.json"):
+        dictlearn.load("someone/two:b")
+    with pytest.raises(FormatError, match=r"someone/tiny.*exactly one known format; it is none.*README\.md"):
+        dictlearn.load("someone/tiny")
+    with pytest.raises(DictlearnError, match="There is no 'runs/nothing': no file here and no repository"):
+        dictlearn.load("runs/nothing")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "own" / "sub").mkdir(parents=True)
+    (tmp_path / "own" / "sub" / "a").write_text("a")
+    (tmp_path / "own" / ".git").mkdir()
+    (tmp_path / "own" / ".git" / "b").write_text("b")
+    (tmp_path / "secret").write_text("c")
+    (tmp_path / "own" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "own" / "inner").symlink_to("sub/a")
+    found = local_files(tmp_path / "own")
+    assert found.names == ("inner", "link", "sub/a")
+    assert found.path("sub/a").read_text() == found.path("inner").read_text() == "a"
+    assert [found.has(place) for place in ("", "sub", "sub/a", "su", "b")] == [True, True, True, False, False]
+    with pytest.raises(DictlearnError, match="a link that leads out of its folder"):
+        found.path("link")
+    with pytest.raises(DictlearnError, match="has no file"):
+        found.path("../secret")
+
+
+@pytest.mark.usefixtures("server")
+def test_a_folder_of_the_download_cache_has_links_to_its_blobs() -> None:
+    path = hub_files(HubRef("someone/tiny")).path("layer_1/params.npz")
+    assert path.is_symlink()
+    assert local_files(path.parent).path("params.npz").read_bytes() == CONTENT
+
+
+def test_a_folder_of_far_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "MOST_FILES", 2)
+    for i in range(3):
+        (tmp_path / str(i)).touch()
+    with pytest.raises(DictlearnError, match="more than 2 files: name the dictionary's own folder"):
+        local_files(tmp_path)
