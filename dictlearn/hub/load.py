@@ -30,12 +30,14 @@ def load(ref: str | Path) -> Dictionary | dict[str, Dictionary]:
     Raises DictlearnError if there is nothing to load, FormatError if files are of no known format.
     """
     path = _path(ref)
-    if path.is_dir() and "cfg.json" in {file.name for file in path.iterdir()}:
-        return _read(local_files(path), "")
     if not path.exists() and _on_the_hub(str(ref)):
         hub_ref = parse(str(ref))
         files = hub_files(hub_ref)
         return _read(files, _one_place(files, hub_ref.path))
+    if path.is_dir() and not (path / "dictionaries").is_dir():
+        files = local_files(path)
+        if _places(files) or (path / "cfg.json").exists():
+            return _read(files, _one_place(files, ""))
     return {name: _read(local_files(folder), "") for name, folder in find(path).items()}
 
 
@@ -104,11 +106,16 @@ def _codecs() -> dict[str, Codec]:
     return {kind: cast(Codec, lookup(CODECS, kind)()) for kind in kinds(CODECS)}
 
 
+def _places(files: Files) -> list[str]:
+    """Where dictionaries are, as far as the names of the files tell."""
+    return sorted({place for codec in _codecs().values() for place in codec.find(files.names)})
+
+
 def _one_place(files: Files, path: str) -> str:
     """`path`, or the only place of a dictionary below it."""
     if not files.has(path):
         raise DictlearnError(f"{files.where} has no {path!r}; it has {_some(files.names)}.")
-    found = sorted({place for codec in _codecs().values() for place in codec.find(files.names)})
+    found = _places(files)
     below = [place for place in found if path == "" or place.startswith(f"{path}/")]
     if path in found or not below:
         return path

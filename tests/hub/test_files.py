@@ -20,7 +20,7 @@ from dictlearn.types import DictlearnError, FormatError
 from tests.hub.server import COMMIT, Hub, Repository, hub
 
 CONTENT = bytes(range(256)) * 64
-TINY = Repository({"layer_1/params.npz": CONTENT, "README.md": b"tiny"})
+TINY = Repository({"layer_1/numbers.bin": CONTENT, "README.md": b"tiny"})
 REPOSITORIES = {
     "someone/tiny": TINY,
     "someone/gated": Repository({}, refuses=(403, "GatedRepo")),
@@ -53,25 +53,25 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_a_repository_is_read_file_by_file(server: Hub) -> None:
     found = hub_files(HubRef("someone/tiny"))
-    assert found.names == ("README.md", "layer_1/params.npz")
+    assert found.names == ("README.md", "layer_1/numbers.bin")
     assert found.source == {"repo": "someone/tiny", "revision": COMMIT}
     assert [r for r in server.requests if "tiny" in r] == ["GET /api/models/someone/tiny"]
-    assert found.path("layer_1/params.npz").read_bytes() == CONTENT
+    assert found.path("layer_1/numbers.bin").read_bytes() == CONTENT
     assert not any("README" in request for request in server.requests)
     n_requests = len(server.requests)
-    assert found.path("layer_1/params.npz").read_bytes() == CONTENT
+    assert found.path("layer_1/numbers.bin").read_bytes() == CONTENT
     assert len(server.requests) == n_requests, "a file in the cache is asked for again"
 
 
 def test_offline_the_cache_is_what_there_is(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_files(HubRef("someone/tiny")).path("layer_1/params.npz")
+    hub_files(HubRef("someone/tiny")).path("layer_1/numbers.bin")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     n_requests = len(server.requests)
     for revision in (None, COMMIT):
         found = hub_files(HubRef("someone/tiny", "", revision))
-        assert found.names == ("layer_1/params.npz",)
+        assert found.names == ("layer_1/numbers.bin",)
         assert found.source["revision"] == COMMIT
-        assert found.path("layer_1/params.npz").read_bytes() == CONTENT
+        assert found.path("layer_1/numbers.bin").read_bytes() == CONTENT
     assert len(server.requests) == n_requests
     with pytest.raises(DictlearnError, match="someone/tiny@v9 is not in the download cache"):
         hub_files(HubRef("someone/tiny", "", "v9"))
@@ -152,9 +152,9 @@ def test_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("server")
 def test_a_folder_of_the_download_cache_has_links_to_its_blobs() -> None:
-    path = hub_files(HubRef("someone/tiny")).path("layer_1/params.npz")
+    path = hub_files(HubRef("someone/tiny")).path("layer_1/numbers.bin")
     assert path.is_symlink()
-    assert local_files(path.parent).path("params.npz").read_bytes() == CONTENT
+    assert local_files(path.parent).path("numbers.bin").read_bytes() == CONTENT
 
 
 def test_a_folder_of_far_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_a_folder_of_no_known_format(tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text("{}")
     with pytest.raises(
         FormatError,
-        match=r"must be of exactly one known format; it is none\. Looked for: native: cfg\.json with an",
+        match=r"must be of exactly one known format; it is none\. Looked for: .*native: cfg\.json with an",
     ):
         dictlearn.load(tmp_path)
 

@@ -253,8 +253,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "empty": (lambda f: (f / "cfg.json").write_text(""), "not valid JSON"),
     "not text": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe"), "not valid JSON: 'utf-8' codec"),
     "too deep": (lambda f: (f / "cfg.json").write_text("[" * 200_000), "nested too deeply"),
-    "cfg a folder": (lambda f: as_folder(f / "cfg.json"), "it is none.*Looked for: native"),
-    "weights a folder": (lambda f: as_folder(f / "sae_weights.safetensors"), "it is none.*Looked for: native"),
+    "cfg a folder": (lambda f: as_folder(f / "cfg.json"), "it is none.*Looked for: .*native"),
+    "weights a folder": (lambda f: as_folder(f / "sae_weights.safetensors"), "it is none.*Looked for: .*native"),
     "a list": (lambda f: (f / "cfg.json").write_text("[]"), "must hold a JSON object, found list"),
     "wrong shape": (
         lambda f: change_weights(f, b_enc=torch.zeros(3)),

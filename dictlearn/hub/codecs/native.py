@@ -24,9 +24,10 @@ from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries._input_norm import INPUT_NORMS
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.hub.codecs.base import folders_with, read_json, read_shapes, read_tensors
+from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.names import from_hook_name, is_hook_name, to_hook_name
+from dictlearn.hub.weights import read_json, read_shapes, read_tensors
 from dictlearn.registry import kind_of, lookup
 from dictlearn.types import DictlearnError, FormatError
 

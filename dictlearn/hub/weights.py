@@ -1,0 +1,110 @@
+"""Reading weights that others have written: plain tensors and JSON, of the shapes expected, all values finite.
+
+Files are data. safetensors and npz hold arrays alone; of torch's pickles only tensors and plain values are read.
+Tensors of safetensors and torch files are views of the file until they are copied.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dictlearn.types import FormatError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; FormatError if the file is missing, not JSON or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing.") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise FormatError(f"{path} is not valid JSON: nested too deeply.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file, from its header alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing.") from None
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path} is not a whole safetensors file: {error}.") from None
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as float32, with exactly the keys and shapes given, all finite."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing.") from None
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path} is not a whole safetensors file: {error}.") from None
+    check_tensors(path, tensors, shapes)
+    return {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise FormatError unless there are exactly these keys and shapes, and all values are finite."""
+    if set(tensors) != set(shapes):
+        missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+        raise FormatError(f"{path} must hold {sorted(shapes)}; missing {missing}, unexpected {extra}.")
+    for key, shape in shapes.items():
+        found = tuple(tensors[key].shape)
+        if found != shape:
+            raise FormatError(f"{path}: {key} must have shape {list(shape)}, found {list(found)}.")
+        if tensors[key].numel() and not all(bound.isfinite() for bound in tensors[key].aminmax()):
+            raise FormatError(f"{path}: {key} has values that are not finite.")
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of numbers in an npz file. Raises FormatError where it is none, or holds objects."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        NotImplementedError,
+    ) as error:
+        why = "it holds Python objects" if "allow_pickle" in str(error) else str(error)
+        raise FormatError(f"{path} is not a whole npz file of arrays: {why}.") from None
+    if odd := sorted(key for key, array in arrays.items() if not np.issubdtype(array.dtype, np.floating)):
+        raise FormatError(f"{path} must hold arrays of real numbers; {', '.join(odd)} are not.")
+    return {
+        key: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+        for key, array in arrays.items()
+    }
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """The mapping in a file of torch.save; FormatError where there is none, or code would have to be run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, UnpicklingError) as error:
+        raise FormatError(f"{path} is not a torch file of tensors and plain values: {error}.") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold a mapping, found {type(content).__name__}.")
+    return content
