@@ -30,8 +30,9 @@ class CrossLayer(Dictionary):
 
     `W_enc` [d_in, n_latents] and `b_enc` are those of all layers side by side, `W_dec_l` is
     [n_latents / L, L - l, d_out], `W_skip` [L, d_out, d_in]. Each layer has a sparsifier of its own, like the one
-    given: `k` is that of each layer. The norm of a latent's decoder is that of its rows at all write sites
-    together, as in the paper.
+    given: `k` and `target_l0` are those of each layer, and the penalty is the mean over layers, as the
+    reconstruction loss is the mean over their targets. The norm of a latent's decoder is that of its rows at all
+    write sites together, as in the paper.
 
     Args:
         reads, writes: of the layers in the order in which the model runs, such as mlp_in.0 ... and mlp_out.0 ...
@@ -168,6 +169,10 @@ class CrossLayer(Dictionary):
 
     def decoder_norms(self) -> Float[Tensor, " n_latents"]:
         return torch.cat([rows.flatten(1).norm(dim=-1) for rows in self.decoders])
+
+    def penalty_norms(self) -> Float[Tensor, " n_latents"]:
+        """Those of the decoders; it is the penalties of the layers of which the mean is taken."""
+        return self.decoder_norms()
 
     # -- latents one by one --
 

@@ -64,16 +64,19 @@ class PerLayer(Sparsifier):
         return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)], dim=-1)
 
     def penalty(self, step: Step) -> Scalar | None:
-        """The sum of those of the layers."""
+        """The mean of those of the layers, as the reconstruction loss is the mean over their targets.
+
+        So layers beside the others that neither read nor write what these do leave each one's balance as it is.
+        """
         assert isinstance(step, LayeredStep)
-        norms = cache(lambda: step.dictionary.decoder_norms().tensor_split(len(self.layers)))
+        norms = cache(lambda: step.dictionary.penalty_norms().tensor_split(len(self.layers)))
         terms = []
         for i, (layer, encoded) in enumerate(zip(self.layers, step.encoded, strict=True)):
             dictionary = cast("Dictionary", _Layer(norms, i))
             dead = None if step.dead_in is None else step.dead_in[i]
             terms.append(layer.penalty(replace(step, dictionary=dictionary, dead=dead, **encoded._asdict())))
         found = [term for term in terms if term is not None]
-        return torch.stack(found).sum() if found else None
+        return torch.stack(found).sum() / len(self.layers) if found else None
 
     def widened(self, factor: int) -> PerLayer | None:
         found = [wider for layer in self.layers if (wider := layer.widened(factor)) is not None]
@@ -129,7 +132,7 @@ class _Layer:
     norms: Callable[[], tuple[Tensor, ...]]
     layer: int
 
-    def decoder_norms(self) -> Float[Tensor, " n_latents"]:
+    def penalty_norms(self) -> Float[Tensor, " n_latents"]:
         return self.norms()[self.layer]
 
 

@@ -33,6 +33,9 @@ class JumpReLU(Sparsifier):
         l0: the number of latents that fire
         target_l0: (L0 / `target_l0` - 1)^2, L0 the mean number that fires in the batch
 
+    with ||W_dec_i|| that of `Dictionary.penalty_norms`. A cross-layer transcoder has the mean over layers, so l0 is
+    the mean L0 of a layer, and `target_l0` that of each layer.
+
     Args:
         coefficient: of the penalty, beside a reconstruction loss that is an FVU.
         penalty: tanh, l0 or target_l0; tanh leaves decoder norms free.
@@ -110,7 +113,7 @@ class JumpReLU(Sparsifier):
         assert step.pre_acts is not None
         terms: list[Scalar] = []
         spread = (step.variance.sum() / step.target.shape[-1]).sqrt()
-        weights = step.dictionary.decoder_norms() / spread
+        weights = step.dictionary.penalty_norms() / spread
         if self.coefficient > 0:
             terms.append(self.coefficient * self.factor * self._sparsity(step.latents, step.pre_acts, weights))
         if self.pre_act_coefficient > 0 and step.dead is not None:

@@ -23,7 +23,8 @@ class ReLU(Sparsifier):
     """`l1` times the mean over tokens of sum_i u_i^p, u_i = latent_i ||W_dec_i|| in units of the target's spread.
 
     The spread is the root of `step.variance`, so `l1` means the same at every activation scale, width and batch
-    size. Weighting by the norm lets the decoder be free: growing a row cannot cheat the penalty.
+    size. Weighting by the norm (`Dictionary.penalty_norms`) lets the decoder be free: growing a row cannot cheat
+    the penalty.
 
     Args:
         l1: weight of the penalty.
@@ -56,7 +57,7 @@ class ReLU(Sparsifier):
 
     def penalty(self, step: Step) -> Scalar:
         spread = step.variance.mean().sqrt()
-        weights = step.dictionary.decoder_norms() / spread  # [n_latents]
+        weights = step.dictionary.penalty_norms() / spread  # [n_latents]
         if self.p_now != self.p_before:
             with torch.no_grad():
                 before, now = (self._mean(step, weights, p) for p in (self.p_before, self.p_now))

@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_dense_loop(kind: str, skip: bool) -> None:
     loss = slow_recon_loss(dictionary, slow_recon(dictionary, codes, x), y)
     if kind == "relu":
         spread = VARIANCE.mean().sqrt()
-        loss = loss + 0.2 * (torch.cat(codes, 1) * slow_norms(dictionary)).sum() / N_TOKENS / spread
+        loss = loss + 0.2 * (torch.cat(codes, 1) * slow_norms(dictionary)).sum() / N_TOKENS / spread / N_LAYERS
     expected = torch.autograd.grad(loss, parameters)
     step = dictionary.step(x, y, VARIANCE)
     penalty = dictionary.penalty(step)
@@ -140,7 +140,9 @@ def test_gradients_are_those_of_the_dense_loop(kind: str, skip: bool) -> None:
 
 
 def test_jump_relu_has_a_threshold_and_a_penalty_in_every_layer() -> None:
-    """tanh(4 f ||W_dec|| / s) summed over latents, and the dead ones' distance to their thresholds."""
+    """tanh(4 f ||W_dec|| / s) summed over latents, and the dead ones' distance to their thresholds: of all layers
+    together, over the number of layers.
+    """
     sparsifier = JumpReLU(0.3, threshold=0.2, bandwidth=0.5, pre_act_coefficient=0.1, ramp=None)
     dictionary, (x, y) = made(sparsifier), inputs()
     dictionary.set_unit_(torch.tensor([1.0, 2.0, 3.0]))
@@ -153,7 +155,7 @@ def test_jump_relu_has_a_threshold_and_a_penalty_in_every_layer() -> None:
     dead = torch.zeros(N_LAYERS * N, dtype=torch.bool)
     dead[DEAD] = True
     below = ((thresholds - pre).clamp(min=0) * weights)[:, dead]
-    expected = 0.3 * (4 * latents * weights).tanh().sum() / N_TOKENS + 0.1 * below.sum() / N_TOKENS
+    expected = (0.3 * (4 * latents * weights).tanh().sum() + 0.1 * below.sum()) / N_TOKENS / N_LAYERS
     step = dictionary.step(x, y, VARIANCE, DEAD)
     torch.testing.assert_close(step.pre_acts, pre)
     penalty = dictionary.penalty(step)
@@ -161,17 +163,31 @@ def test_jump_relu_has_a_threshold_and_a_penalty_in_every_layer() -> None:
     torch.testing.assert_close(penalty, expected)
     none_dead = dictionary.penalty(dictionary.step(x, y, VARIANCE))
     assert none_dead is not None
-    torch.testing.assert_close(penalty - none_dead, 0.1 * below.sum() / N_TOKENS)
+    torch.testing.assert_close(penalty - none_dead, 0.1 * below.sum() / N_TOKENS / N_LAYERS)
 
 
-def test_a_target_l0_is_that_of_each_layer() -> None:
-    dictionary, (x, y) = made(JumpReLU(0.3, "target_l0", target_l0=2.0, threshold=0.4, ramp=None)), inputs()
-    active = [(pre > 0.4).sum() / N_TOKENS for pre in slow_pre_acts(dictionary, x)]
+@pytest.mark.parametrize("target_l0", [None, 2.0])
+def test_l0_and_target_l0_are_those_of_a_layer(target_l0: float | None) -> None:
+    """0.3 times the mean over layers of L0, and of (L0 / 2 - 1)^2."""
+    sparsifier = JumpReLU(0.3, "target_l0" if target_l0 else "l0", target_l0, threshold=0.4, ramp=None)
+    dictionary, (x, y) = made(sparsifier), inputs()
+    l0s = [float((pre > 0.4).sum()) / N_TOKENS for pre in slow_pre_acts(dictionary, x)]
+    assert max(l0s) - min(l0s) > 0.5
+    by_layer = [(l0 / target_l0 - 1) ** 2 if target_l0 else l0 for l0 in l0s]
     penalty = dictionary.penalty(dictionary.step(x, y, VARIANCE))
     assert penalty is not None
-    torch.testing.assert_close(
-        penalty, sum((0.3 * (l0.double() / 2 - 1) ** 2 for l0 in active), torch.zeros(())).double()
-    )
+    assert float(penalty.detach()) == pytest.approx(0.3 * sum(by_layer) / N_LAYERS)
+
+
+def test_a_target_l0_is_reached_where_every_layer_has_it() -> None:
+    """4 of 10 in each of three layers, not 4 in all of them."""
+    dictionary = made(JumpReLU(1.0, "target_l0", target_l0=4.0, threshold=1.0, ramp=None))
+    with torch.no_grad():
+        dictionary.W_enc.zero_()
+        dictionary.b_enc.copy_((torch.arange(N_LAYERS * N) % N < 4) * 2.0)
+    penalty = dictionary.penalty(dictionary.step(*inputs(), VARIANCE))
+    assert penalty is not None
+    assert float(penalty.detach()) == 0.0
 
 
 @pytest.mark.parametrize("kind", ["top_k", "relu"])
