@@ -71,6 +71,10 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
         found = tuple(tensors[key].shape)
         if found != shape:
             raise FormatError(f"{path}: {key} must have shape {list(shape)}, found {list(found)}.")
+        if tensors[key].layout != torch.strided or tensors[key].is_complex() or tensors[key].is_quantized:
+            raise FormatError(
+                f"{path}: {key} must hold real numbers, found {tensors[key].dtype} {tensors[key].layout}."
+            )
         if tensors[key].numel() and not all(bound.isfinite() for bound in tensors[key].aminmax()):
             raise FormatError(f"{path}: {key} has values that are not finite.")
 

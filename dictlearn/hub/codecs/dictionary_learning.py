@@ -1,0 +1,167 @@
+"""dictionary_learning (Marks, Karvonen, Mueller): `ae.pt`, a torch state, beside the `config.json` of its training.
+
+The class is in the configuration, and its tensors must be those of the file; without one they tell the class, but
+for TopK and BatchTopK, whose tensors have the same names. `nn.Linear` weights are [out, in]. The rules:
+
+    AutoEncoder              relu; x - b_dec; its loader gives decoder rows unit norm, and so do we
+    AutoEncoderNew           relu; x
+    GatedAutoEncoder         a magnitude where its gate is open; x - b_dec
+    AutoEncoderTopK          relu, then the k largest; x - b_dec; its threshold is not used
+    BatchTopKSAE, Matryoshka...   relu above one threshold, which below 0 has never been set; x - b_dec
+    JumpReluAutoEncoder      relu above thresholds; x
+
+The `ae.pt` of an interrupted training is a backup, in the units of normalised activations: biases and thresholds
+are multiplied by its norm_factor.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dictlearn.choices import is_count
+from dictlearn.dictionaries import Dictionary
+from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.codecs.base import folders_with
+from dictlearn.hub.files import Files
+from dictlearn.hub.weights import check_tensors, read_json, read_torch
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import DictlearnError, FormatError
+
+WEIGHTS, CONFIG = "ae.pt", "config.json"
+LINEAR = {"encoder.weight": "nd", "encoder.bias": "n", "decoder.weight": "dn"}
+PLAIN = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
+SHAPES = {  # class -> tensor -> axes: d the width, n the latents, g the groups
+    "AutoEncoder": {**LINEAR, "bias": "d"},
+    "AutoEncoderNew": {**LINEAR, "decoder.bias": "d"},
+    "GatedAutoEncoder": {
+        "encoder.weight": "nd",
+        "decoder.weight": "dn",
+        **{"decoder_bias": "d", "gate_bias": "n", "mag_bias": "n", "r_mag": "n"},
+    },
+    "AutoEncoderTopK": {**LINEAR, "b_dec": "d", "k": "", "threshold": ""},
+    "BatchTopKSAE": {**LINEAR, "b_dec": "d", "k": "", "threshold": ""},
+    "MatryoshkaBatchTopKSAE": {**PLAIN, "k": "", "threshold": "", "group_sizes": "g"},
+    "JumpReluAutoEncoder": {**PLAIN, "threshold": "n"},
+}
+UNCENTRED = ("AutoEncoderNew", "JumpReluAutoEncoder")
+NORMALISED = ("bias", "b_enc", "b_dec", "encoder.bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias")
+SITES = {"resid": "resid_post", "resid_post": "resid_post", "attn": "attn_out", "attention": "attn_out"}
+
+
+class State(NamedTuple):
+    """The tensors of a class of this name."""
+
+    kind: str
+    tensors: dict[str, Tensor]
+
+
+class DictionaryLearning:
+    """All seven classes, and backups of interrupted trainings."""
+
+    layout: ClassVar[str] = f"{WEIGHTS} with the tensors of one of {', '.join(SHAPES)}"
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        return folders_with(names, WEIGHTS)
+
+    def matches(self, files: Files, place: str) -> bool:
+        return True  # no other format has a file of this name
+
+    def read(self, files: Files, place: str) -> Dictionary:
+        path, config = files.path(posixpath.join(place, WEIGHTS)), posixpath.join(place, CONFIG)
+        cfg = read_json(files.path(config)) if config in files.names else {}
+        trainer, buffer = (part if isinstance(part := cfg.get(key), dict) else {} for key in ("trainer", "buffer"))
+        state = _state(path, trainer.get("dict_class"))
+        read, write = _sites(trainer, buffer)
+        metadata = {"lm_name": trainer.get("lm_name"), "ctx": buffer.get("ctx_len")}
+        try:
+            return _canonical(state, read, write, metadata)
+        except DictlearnError as error:
+            raise FormatError(f"{path}: {error}") from None
+
+
+def _state(path: Path, kind: object) -> State:
+    """The tensors in raw units, checked against the class, which is found out if `kind` is None."""
+    content, factor = read_torch(path), 1.0
+    if isinstance(content.get("ae"), dict):  # a backup
+        norm = content.get("norm_factor", 1.0)
+        content, factor = content["ae"], float(norm) if isinstance(norm, int | float | Tensor) else 0.0
+        if not 0 < factor < float("inf"):
+            raise FormatError(f"{path}: norm_factor must be a positive number, got {norm!r}.")
+    if odd := sorted(str(key) for key, value in content.items() if not isinstance(value, Tensor)):
+        raise FormatError(f"{path} must hold tensors alone; {', '.join(odd)} are not.")
+    fitting = [name for name, shapes in SHAPES.items() if set(shapes) == set(content)]
+    if kind is None and len(fitting) == 1:
+        (kind,) = fitting
+    if not isinstance(kind, str) or kind not in SHAPES:
+        raise FormatError(
+            f"{path}: the class must be one of {', '.join(SHAPES)}, got {kind!r} as {CONFIG}'s dict_class; "
+            f"the tensors {sorted(map(str, content))} are those of {' or '.join(fitting) or 'none of them'}."
+        )
+    check_tensors(path, content, _shapes(path, kind, content))
+    scaled = {name: tensor * factor if name in NORMALISED else tensor for name, tensor in content.items()}
+    if "threshold" in scaled:
+        scaled["threshold"] = scaled["threshold"] * factor
+    return State(kind, scaled)
+
+
+def _shapes(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """What the shapes of this class are with the widths of its encoder."""
+    key = "W_enc" if "W_enc" in SHAPES[kind] else "encoder.weight"
+    if key not in tensors or tensors[key].ndim != 2:
+        raise FormatError(f"{path} must hold {key} with two axes, as a {kind}; it holds {sorted(tensors)}.")
+    sizes = dict(zip(SHAPES[kind][key], tensors[key].shape, strict=True))
+    sizes["g"] = tensors["group_sizes"].numel() if "group_sizes" in tensors else 0
+    return {name: tuple(sizes[axis] for axis in axes) for name, axes in SHAPES[kind].items()}
+
+
+def _canonical(state: State, read: str, write: str, metadata: Mapping[str, Any]) -> Dictionary:
+    kind, w = state
+    linear_layers = "encoder.weight" in w
+    W_enc, W_dec = (w["encoder.weight"].T, w["decoder.weight"].T) if linear_layers else (w["W_enc"], w["W_dec"])
+    b_enc = next(w[name] for name in ("encoder.bias", "b_enc", "mag_bias") if name in w)
+    b_dec = next(w[name] for name in ("b_dec", "bias", "decoder.bias", "decoder_bias") if name in w)
+    sparsifier, threshold = None, None
+    match kind:
+        case "AutoEncoder" | "AutoEncoderNew":
+            sparsifier = ReLU(l1=0.0)
+            if kind == "AutoEncoder":
+                norms = W_dec.norm(dim=-1)
+                norms = torch.where(norms > 0, norms, 1.0)
+                W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms.unsqueeze(-1)
+        case "AutoEncoderTopK":
+            sparsifier = TopK(_k(w["k"]))
+            sparsifier.bind(len(b_enc))
+        case "GatedAutoEncoder":
+            growth = w["r_mag"].exp()
+            W_enc, threshold = W_enc * growth, b_enc - growth * w["gate_bias"]
+        case _:
+            threshold = w["threshold"].expand(len(b_enc))
+    weights = Weights(W_enc, b_enc, W_dec, b_dec, threshold)
+    return linear(weights, sparsifier, read, write, b_dec_on_input=kind not in UNCENTRED, metadata=metadata)
+
+
+def _k(k: Tensor) -> int:
+    if not is_count(value := k.item(), 1):
+        raise DictlearnError(f"k must be a whole number from 1, got {value!r}.")
+    return int(value)
+
+
+def _sites(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> tuple[str, str]:
+    """Read and write site, by the name of the submodule; without one the residual stream after the layer."""
+    name, layer = trainer.get("submodule_name"), trainer.get("layer")
+    if not isinstance(name, str):
+        site = f"resid_post.{layer}" if is_count(layer, 0) else "x"
+        return site, site
+    found = re.fullmatch(r"(resid|resid_post|attn|attention|mlp)(?:_out)?_(?:layer_?)?(\d+)", name)
+    if found is None:
+        return "x", "x"
+    kind = ("mlp_in" if buffer.get("io") == "in" else "mlp_out") if found[1] == "mlp" else SITES[found[1]]
+    return f"{kind}.{found[2]}", f"{kind}.{found[2]}"

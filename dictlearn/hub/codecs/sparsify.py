@@ -1,0 +1,115 @@
+"""EleutherAI's sparsify: `cfg.json` beside `sae.safetensors`, in a folder named by a module of the LM's base model.
+
+An autoencoder takes b_dec off its input, always; a transcoder never. pre = x @ encoder.weight.T + encoder.bias, then
+ReLU and the k largest (`groupmax`: the largest of each of k groups; `signed`: the k largest absolute values, with
+their signs); recon = latents @ W_dec + b_dec + x @ W_skip.T, with the untouched x in the last term.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from dictlearn.choices import is_count
+from dictlearn.dictionaries import Dictionary
+from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.codecs.base import folders_with
+from dictlearn.hub.files import Files
+from dictlearn.hub.weights import read_json, read_shapes, read_tensors
+from dictlearn.sparsifiers import Sparsifier
+from dictlearn.sparsifiers.abs_top_k import AbsTopK
+from dictlearn.sparsifiers.group_max import GroupMax
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import DictlearnError, FormatError
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+RUN = "config.json"  # of the run, in the outermost folder
+ACTIVATIONS: dict[str, Callable[[int], Sparsifier]] = {"topk": TopK, "groupmax": GroupMax}
+FLAGS = ("transcode", "skip_connection", "signed")
+ATTENTION = ("self_attn", "attention", "attn")
+
+
+class Sparsify:
+    """TopK, signed and group-max autoencoders and transcoders, with or without a skip path."""
+
+    layout: ClassVar[str] = f"{CONFIG} with `k` and `d_in`, beside {WEIGHTS}"
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        return folders_with(names, WEIGHTS, CONFIG)
+
+    def matches(self, files: Files, place: str) -> bool:
+        return {"k", "d_in"} <= set(read_json(files.path(posixpath.join(place, CONFIG))))
+
+    def read(self, files: Files, place: str) -> Dictionary:
+        config, path = (files.path(posixpath.join(place, name)) for name in (CONFIG, WEIGHTS))
+        cfg = read_json(config)
+        try:
+            transcode, skip, signed = (_flag(cfg, key) for key in FLAGS)
+            d, n, k = _counts(cfg)
+            sparsifier = AbsTopK(k) if signed else _activation(cfg)(k)
+            sparsifier.bind(n)
+        except DictlearnError as error:
+            raise FormatError(f"{config}: {error}") from None
+        shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
+        if skip:
+            shapes["W_skip"] = (d, d)
+        if transcode:  # what it writes may be of another width
+            stored = read_shapes(path)
+            width = stored.get("b_dec", (d,))[-1:]
+            shapes |= {"W_dec": (n, *width), "b_dec": width} | ({"W_skip": (*width, d)} if skip else {})
+        w = read_tensors(path, shapes)
+        weights = Weights(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"], W_skip=w.get("W_skip"))
+        read, write = _sites(posixpath.basename(place), transcode)
+        return linear(
+            weights, sparsifier, read, write, b_dec_on_input=not transcode, metadata={"lm_name": _lm_name(files)}
+        )
+
+
+def _flag(cfg: Mapping[str, Any], key: str) -> bool:
+    value = cfg.get(key, False)
+    if not isinstance(value, bool):
+        raise DictlearnError(f"{key} must be true or false, got {value!r}.")
+    return value
+
+
+def _counts(cfg: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Width, number of latents and k; `num_latents` 0 stands for d_in x expansion_factor."""
+    for key in ("d_in", "k", *([] if cfg.get("num_latents") else ["expansion_factor"])):
+        if not is_count(cfg.get(key), 1):
+            raise DictlearnError(f"{key} must be a whole number from 1, got {cfg.get(key)!r}.")
+    n = cfg.get("num_latents") or cfg["d_in"] * cfg["expansion_factor"]
+    if not is_count(n, 1):
+        raise DictlearnError(f"num_latents must be a whole number from 0, got {n!r}.")
+    return cfg["d_in"], n, cfg["k"]
+
+
+def _activation(cfg: Mapping[str, Any]) -> Callable[[int], Sparsifier]:
+    name = cfg.get("activation", "topk")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise DictlearnError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}.")
+    return ACTIVATIONS[name]
+
+
+def _sites(module: str, transcode: bool) -> tuple[str, str]:
+    """Read and write site of the module of this path in the base model; "x" of one that has no readable name."""
+    layer = re.fullmatch(r"(?:layers|h)\.(\d+)(?:\.(\w+))?", module)
+    if module in ("embed_tokens", "embed_in", "wte"):
+        write = "embed"
+    elif layer is None or (layer[2] not in (None, "mlp", *ATTENTION)):
+        write = "x"
+    else:
+        kind = "resid_post" if layer[2] is None else "mlp_out" if layer[2] == "mlp" else "attn_out"
+        write = f"{kind}.{layer[1]}"
+    if not transcode:
+        return write, write
+    kind, _, number = write.partition(".")
+    reads = {"mlp_out": "mlp_in", "attn_out": "attn_in", "resid_post": "resid_pre"}
+    return (f"{reads[kind]}.{number}" if kind in reads else "x"), (write if kind in reads else "y")
+
+
+def _lm_name(files: Files) -> str | None:
+    """Of the run's configuration, where there is one."""
+    name = read_json(files.path(RUN)).get("model") if RUN in files.names else None
+    return name if isinstance(name, str) else None

@@ -1,0 +1,221 @@
+"""dictionary_learning: states as its classes write them, against their forward rules in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dictlearn
+from dictlearn.dictionaries import Dictionary
+from dictlearn.types import FormatError
+
+D, N, K = 6, 20, 3
+
+
+def state(kind: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    layers = {"encoder.weight": random(N, D), "encoder.bias": random(N), "decoder.weight": random(D, N)}
+    plain = {"W_enc": random(D, N), "b_enc": random(N), "W_dec": random(N, D), "b_dec": random(D)}
+    gates = {name: 0.3 * random(N) for name in ("gate_bias", "mag_bias", "r_mag")}
+    return {
+        "AutoEncoder": {**layers, "bias": random(D)},
+        "AutoEncoderNew": {**layers, "decoder.bias": random(D)},
+        "GatedAutoEncoder": {
+            "encoder.weight": layers["encoder.weight"],
+            "decoder.weight": layers["decoder.weight"],
+            "decoder_bias": random(D),
+            **gates,
+        },
+        "AutoEncoderTopK": {**layers, "b_dec": random(D), "k": torch.tensor(K), "threshold": torch.tensor(0.7)},
+        "BatchTopKSAE": {**layers, "b_dec": random(D), "k": torch.tensor(K), "threshold": torch.tensor(0.7)},
+        "MatryoshkaBatchTopKSAE": {
+            **plain,
+            "k": torch.tensor(K),
+            "threshold": torch.tensor(0.4),
+            "group_sizes": torch.tensor([5, 15]),
+        },
+        "JumpReluAutoEncoder": {**plain, "threshold": 0.5 * random(N)},
+    }[kind]
+
+
+KINDS = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+    "JumpReluAutoEncoder",
+)
+
+
+def write(folder: Path, kind: str, content: dict[str, Any] | None = None, **trainer: Any) -> dict[str, Tensor]:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = state(kind)
+    torch.save(tensors if content is None else content, folder / "ae.pt")
+    cfg = {"trainer": {"dict_class": kind, "lm_name": "org/lm", "layer": 4, **trainer}, "buffer": {"ctx_len": 128}}
+    (folder / "config.json").write_text(json.dumps(cfg))
+    return tensors
+
+
+def rule(kind: str, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and reconstructions, as the classes compute them."""
+    w, x = {name: tensor.double() for name, tensor in tensors.items()}, x.double()
+    if kind == "GatedAutoEncoder":
+        pre = (x - w["decoder_bias"]) @ w["encoder.weight"].T
+        gate = (pre + w["gate_bias"] > 0).double()
+        latents = gate * (w["r_mag"].exp() * pre + w["mag_bias"]).relu()
+        return latents, latents @ w["decoder.weight"].T + w["decoder_bias"]
+    if kind == "JumpReluAutoEncoder":
+        pre = x @ w["W_enc"] + w["b_enc"]
+        latents = (pre * (pre > w["threshold"])).relu()
+        return latents, latents @ w["W_dec"] + w["b_dec"]
+    if kind == "MatryoshkaBatchTopKSAE":
+        post = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+        latents = post * (post > w["threshold"])
+        return latents, latents @ w["W_dec"] + w["b_dec"]
+    encoder, decoder = w["encoder.weight"], w["decoder.weight"]
+    if kind == "AutoEncoderNew":
+        latents = (x @ encoder.T + w["encoder.bias"]).relu()
+        return latents, latents @ decoder.T + w["decoder.bias"]
+    if kind == "AutoEncoder":  # its from_pretrained normalises the decoder
+        norms = decoder.norm(dim=0)
+        latents = ((x - w["bias"]) @ (encoder * norms[:, None]).T + w["encoder.bias"] * norms).relu()
+        return latents, latents @ (decoder / norms).T + w["bias"]
+    post = ((x - w["b_dec"]) @ encoder.T + w["encoder.bias"]).relu()
+    if kind == "AutoEncoderTopK":
+        latents = torch.zeros_like(post)
+        for row, values in zip(latents, post, strict=True):
+            for i in sorted(range(N), key=lambda i: -float(values[i]))[:K]:
+                row[i] = values[i]
+    else:
+        latents = post * (post > w["threshold"])
+    return latents, latents @ decoder.T + w["b_dec"]
+
+
+def check(folder: Path, kind: str, tensors: dict[str, Tensor]) -> Dictionary:
+    loaded = dictlearn.load(folder)
+    assert isinstance(loaded, Dictionary)
+    x = 2 * torch.randn(50, D)
+    latents, recon = rule(kind, tensors, x)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.encode_sparse(x).to_dense().double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded(x).recon.double(), recon, atol=1e-5, rtol=1e-5)
+    assert 0 < float((latents > 0).double().mean()) < 0.9
+    return loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rule(tmp_path: Path, kind: str) -> None:
+    loaded = check(tmp_path, kind, write(tmp_path, kind))
+    assert (loaded.reads, loaded.metadata) == (("resid_post.4",), {"lm_name": "org/lm", "ctx": 128})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backup_is_put_into_raw_units(tmp_path: Path, kind: str) -> None:
+    factor, tensors = 2.5, state(kind)
+    biases = ("bias", "b_enc", "b_dec", "encoder.bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias")
+    raw = {n: t * factor if n in (*biases, "threshold") else t for n, t in tensors.items()}
+    backup = {"ae": tensors, "step": 5, "optimizer": {}, "config": {"lr": 1.0}, "norm_factor": factor}
+    write(tmp_path, kind, backup)
+    loaded = check(tmp_path, kind, raw)
+    x = torch.randn(9, D)
+    _, recon = rule(kind, tensors, x)  # of x, in normalised units
+    torch.testing.assert_close(loaded(factor * x).recon.double(), factor * recon, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_a_threshold_that_was_never_set_is_a_relu(tmp_path: Path, kind: str) -> None:
+    tensors = state(kind) | {"threshold": torch.tensor(-1.0)}
+    write(tmp_path, kind, tensors)
+    check(tmp_path, kind, tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_configuration_the_tensors_tell_the_class(tmp_path: Path, kind: str) -> None:
+    tensors = write(tmp_path, kind)
+    (tmp_path / "config.json").unlink()
+    if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        with pytest.raises(FormatError, match="are those of AutoEncoderTopK or BatchTopKSAE"):
+            dictlearn.load(tmp_path)
+    else:
+        assert check(tmp_path, kind, tensors).reads == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("name", "io", "site"),
+    [
+        ("resid_post_layer_8", "out", "resid_post.8"),
+        ("resid_layer3", "out", "resid_post.3"),
+        ("mlp_layer_2", "out", "mlp_out.2"),
+        ("mlp_out_layer_2", "out", "mlp_out.2"),
+        ("mlp_layer_2", "in", "mlp_in.2"),
+        ("attn_layer_1", "out", "attn_out.1"),
+        ("embed", "out", "x"),
+    ],
+)
+def test_the_site(tmp_path: Path, name: str, io: str, site: str) -> None:
+    write(tmp_path, "AutoEncoderNew", submodule_name=name)
+    cfg = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**cfg, "buffer": {"io": io}}))
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    assert loaded.reads == loaded.writes == (site,)
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return (print, ("run",))
+
+
+GOOD = state("JumpReluAutoEncoder")
+REFUSED: dict[str, tuple[Any, str]] = {
+    "code": ({"W_enc": Code()}, "is not a torch file of tensors and plain values"),
+    "a list": ([1, 2], "must hold a mapping, found list"),
+    "no tensors": ({**GOOD, "cfg": "x"}, "must hold tensors alone; cfg are not"),
+    "one missing": ({k: v for k, v in GOOD.items() if k != "b_enc"}, r"missing \['b_enc'\]"),
+    "one more": ({**GOOD, "k": torch.tensor(3)}, r"unexpected \['k'\]"),
+    "a wrong shape": (
+        {**GOOD, "W_dec": GOOD["W_dec"].T.clone()},
+        r"W_dec must have shape \[20, 6\], found \[6, 20\]",
+    ),
+    "NaN": ({**GOOD, "b_dec": torch.full((D,), torch.nan)}, "b_dec has values that are not finite"),
+    "one axis": ({**GOOD, "W_enc": torch.ones(4)}, "must hold W_enc with two axes"),
+    "sparse": ({**GOOD, "W_enc": GOOD["W_enc"].to_sparse()}, "W_enc must hold real numbers"),
+    "complex": ({**GOOD, "W_enc": GOOD["W_enc"].to(torch.complex64)}, "W_enc must hold real numbers"),
+    "a backup of 0": ({"ae": GOOD, "norm_factor": 0.0}, "norm_factor must be a positive number, got 0.0"),
+    "a backup of text": ({"ae": GOOD, "norm_factor": "2"}, "norm_factor must be a positive number, got '2'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = REFUSED[case]
+    write(tmp_path, "JumpReluAutoEncoder")
+    torch.save(content, tmp_path / "ae.pt")
+    with pytest.raises(FormatError, match=f"ae.pt.*{message}"):
+        dictlearn.load(tmp_path)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["CrossCoder", 5, ["AutoEncoder"]])
+def test_a_class_that_there_is_not(tmp_path: Path, kind: Any) -> None:
+    write(tmp_path, "AutoEncoder", dict_class=kind)
+    with pytest.raises(FormatError, match=r"the class must be one of AutoEncoder, .*are those of AutoEncoder"):
+        dictlearn.load(tmp_path)
+
+
+@pytest.mark.parametrize("k", [torch.tensor(0), torch.tensor(2.5), torch.tensor(21), torch.tensor(True)])
+def test_a_k_that_cannot_be(tmp_path: Path, k: Tensor) -> None:
+    write(tmp_path, "AutoEncoderTopK", {**state("AutoEncoderTopK"), "k": k})
+    with pytest.raises(FormatError, match=r"ae.pt: .*k must be"):
+        dictlearn.load(tmp_path)

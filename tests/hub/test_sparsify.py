@@ -1,0 +1,145 @@
+"""EleutherAI's sparsify: files as it writes them, against its rule in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dictlearn
+from dictlearn.dictionaries import Dictionary
+from dictlearn.types import FormatError
+
+D, N, K = 6, 24, 4
+CASES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "num_latents of 0": {"num_latents": 0, "expansion_factor": 4},
+    "groupmax": {"activation": "groupmax"},
+    "signed": {"signed": True},
+    "skip": {"skip_connection": True},
+    "transcoder": {"transcode": True},
+    "skip transcoder": {"transcode": True, "skip_connection": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+def write(folder: Path, **settings: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Random weights; what is in cfg.json, and the tensors in float64."""
+    dtype = settings.pop("dtype", torch.float32)
+    cfg = {"d_in": D, "k": K, "num_latents": N, "expansion_factor": 32, "normalize_decoder": True} | settings
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"encoder.weight": (N, D), "encoder.bias": (N,), "W_dec": (N, D), "b_dec": (D,)}
+    if cfg.get("skip_connection"):
+        shapes["W_skip"] = (D, D)
+    w = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(w, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return cfg, {name: tensor.double() for name, tensor in w.items()}
+
+
+def rule(cfg: dict[str, Any], w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and reconstruction of each token, found by sorting."""
+    rows, recons = [], []
+    for token in x.double():
+        inner = token if cfg.get("transcode") else token - w["b_dec"]
+        pre = w["encoder.weight"] @ inner + w["encoder.bias"]
+        latents = torch.zeros(N, dtype=torch.float64)
+        if cfg.get("activation") == "groupmax":
+            chosen = [max(range(g * N // K, (g + 1) * N // K), key=lambda i: float(pre[i])) for g in range(K)]
+        elif cfg.get("signed"):
+            chosen = sorted(range(N), key=lambda i: -abs(float(pre[i])))[:K]
+        else:
+            chosen = sorted(range(N), key=lambda i: -float(pre[i]))[:K]
+        for i in chosen:
+            latents[i] = pre[i] if cfg.get("signed") else max(float(pre[i]), 0.0)
+        recon = latents @ w["W_dec"] + w["b_dec"]
+        rows.append(latents)
+        recons.append(recon + w["W_skip"] @ token if "W_skip" in w else recon)
+    return torch.stack(rows), torch.stack(recons)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_rule(tmp_path: Path, case: str) -> None:
+    cfg, w = write(tmp_path, **CASES[case])
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    x = 2 * torch.randn(50, D)
+    latents, recon = rule(cfg, w, x)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.encode_sparse(x).to_dense().double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded(x).recon.double(), recon, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "transcode", "sites"),
+    [
+        ("layers.6", False, ("resid_post.6", "resid_post.6")),
+        ("h.11", False, ("resid_post.11", "resid_post.11")),
+        ("layers.3.mlp", False, ("mlp_out.3", "mlp_out.3")),
+        ("layers.3.mlp", True, ("mlp_in.3", "mlp_out.3")),
+        ("layers.0.attention", False, ("attn_out.0", "attn_out.0")),
+        ("embed_tokens", False, ("embed", "embed")),
+        ("layers.3.mlp.gate", True, ("x", "y")),
+    ],
+)
+def test_the_sites(tmp_path: Path, module: str, transcode: bool, sites: tuple[str, str]) -> None:
+    write(tmp_path / "run" / module, transcode=transcode)
+    loaded = dictlearn.load(tmp_path / "run")
+    assert isinstance(loaded, Dictionary)
+    assert (loaded.reads, loaded.writes) == ((sites[0],), (sites[1],))
+
+
+def test_the_language_model_is_that_of_the_run(tmp_path: Path) -> None:
+    for module in ("layers.0", "layers.1"):
+        write(tmp_path / module)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-70m"}))
+    with pytest.raises(dictlearn.types.DictlearnError, match=r"holds 2 dictionaries: .* layers\.0, layers\.1"):
+        dictlearn.load(tmp_path)
+    (tmp_path / "layers.1" / "cfg.json").unlink()
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    assert loaded.metadata["lm_name"] == "EleutherAI/pythia-70m"
+
+
+def test_a_transcoder_may_write_another_width(tmp_path: Path) -> None:
+    write(tmp_path, transcode=True)
+    w = {"encoder.weight": torch.randn(N, D), "encoder.bias": torch.randn(N)}
+    save_file({**w, "W_dec": torch.randn(N, 3), "b_dec": torch.randn(3)}, tmp_path / "sae.safetensors")
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    assert (loaded.d_in, loaded.d_out) == (D, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "jumprelu"}, "activation must be one of topk, groupmax, got 'jumprelu'"),
+        ({"activation": ["topk"]}, "activation must be one of topk, groupmax"),
+        ({"k": 0}, "k must be a whole number from 1, got 0"),
+        ({"k": "4"}, "k must be a whole number from 1, got '4'"),
+        ({"k": 25}, "at most n_latents"),
+        ({"k": 5, "activation": "groupmax"}, "cfg.json: .*k"),
+        ({"d_in": 7}, r"encoder.weight must have shape \[24, 7\], found \[24, 6\]"),
+        ({"num_latents": -3}, "num_latents must be a whole number from 0, got -3"),
+        ({"num_latents": 0, "expansion_factor": None}, "expansion_factor must be a whole number from 1, got None"),
+        ({"transcode": "yes"}, "transcode must be true or false, got 'yes'"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    write(tmp_path, **settings)
+    with pytest.raises(FormatError, match=message):
+        dictlearn.load(tmp_path)
+
+
+def test_no_second_skip_path(tmp_path: Path) -> None:
+    write(tmp_path, skip_connection=True)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "skip_connection": False}))
+    with pytest.raises(FormatError, match=r"unexpected \['W_skip'\]"):
+        dictlearn.load(tmp_path)
