@@ -1,7 +1,7 @@
 """EleutherAI's sparsify: `cfg.json` beside `sae.safetensors`, in a folder named by a module of the LM's base model.
 
-An autoencoder takes b_dec off its input, always; a transcoder never. pre = x @ encoder.weight.T + encoder.bias, then
-ReLU and the k largest (`groupmax`: the largest of each of k groups; `signed`: the k largest absolute values, with
+An autoencoder takes b_dec off its input, always; a transcoder never. pre = x @ encoder.weight.T + encoder.bias, and
+ReLU of the k largest (`groupmax`: the largest of each of k groups; `signed`: the k largest absolute values, with
 their signs); recon = latents @ W_dec + b_dec + x @ W_skip.T, with the untouched x in the last term.
 """
 
