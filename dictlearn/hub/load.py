@@ -34,6 +34,8 @@ def load(ref: str | Path) -> Dictionary | dict[str, Dictionary]:
         hub_ref = parse(str(ref))
         files = hub_files(hub_ref)
         return _read(files, _one_place(files, hub_ref.path))
+    if path.is_file() and path.name in _places(files := local_files(path.parent)):
+        return _read(files, path.name)
     if path.is_dir() and not (path / "dictionaries").is_dir():
         files = local_files(path)
         if _places(files) or (path / "cfg.json").exists():

@@ -62,11 +62,21 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     return {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
 
 
-def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def encoder_sizes(path: Path, tensors: Mapping[str, Any], key: str) -> tuple[int, int]:
+    """The two axes of the encoder's weights; FormatError where there is no such tensor."""
+    encoder = tensors.get(key)
+    if not isinstance(encoder, Tensor) or encoder.ndim != 2:
+        raise FormatError(f"{path} must hold {key} with two axes; it holds {sorted(map(str, tensors))}.")
+    return encoder.shape[0], encoder.shape[1]
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise FormatError unless there are exactly these keys and shapes, and all values are finite."""
     if set(tensors) != set(shapes):
-        missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+        missing, extra = sorted(set(shapes) - set(tensors)), sorted(map(str, set(tensors) - set(shapes)))
         raise FormatError(f"{path} must hold {sorted(shapes)}; missing {missing}, unexpected {extra}.")
+    if odd := sorted(key for key in shapes if not isinstance(tensors[key], Tensor)):
+        raise FormatError(f"{path} must hold tensors; {', '.join(odd)} are not.")
     for key, shape in shapes.items():
         found = tuple(tensors[key].shape)
         if found != shape:

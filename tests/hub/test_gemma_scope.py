@@ -79,7 +79,7 @@ class Code:
 
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "no threshold": ({"threshold": None}, r"missing \['threshold'\]"),
-    "no W_enc": ({"W_enc": None}, r"must hold W_enc \[d_in, n_latents\]"),
+    "no W_enc": ({"W_enc": None}, "must hold W_enc with two axes"),
     "one more": ({"scaling_factor": np.ones(N, np.float32)}, r"unexpected \['scaling_factor'\]"),
     "transposed": ({"W_dec": arrays()["W_dec"].T}, r"W_dec must have shape \[12, 5\], found \[5, 12\]"),
     "NaN": ({"b_enc": np.full(N, np.nan, np.float32)}, "b_enc has values that are not finite"),
@@ -88,7 +88,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
         "is not a whole npz file of arrays: it holds Python objects",
     ),
     "integers": ({"b_enc": np.ones(N, dtype=np.int64)}, "must hold arrays of real numbers; b_enc are not"),
-    "other byte order": ({"W_enc": arrays()["W_enc"].ravel()}, r"must hold W_enc \[d_in, n_latents\]"),
+    "other byte order": ({"W_enc": arrays()["W_enc"].ravel()}, "must hold W_enc with two axes"),
 }
 
 

@@ -30,7 +30,7 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
-from dictlearn.hub.weights import check_tensors, read_json, read_torch
+from dictlearn.hub.weights import check_tensors, encoder_sizes, read_json, read_torch
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError, FormatError
@@ -115,9 +115,7 @@ def _state(path: Path, kind: object) -> State:
 def _shapes(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """What the shapes of this class are with the widths of its encoder."""
     key = "W_enc" if "W_enc" in SHAPES[kind] else "encoder.weight"
-    if key not in tensors or tensors[key].ndim != 2:
-        raise FormatError(f"{path} must hold {key} with two axes, as a {kind}; it holds {sorted(tensors)}.")
-    sizes = dict(zip(SHAPES[kind][key], tensors[key].shape, strict=True))
+    sizes = dict(zip(SHAPES[kind][key], encoder_sizes(path, tensors, key), strict=True))
     sizes["g"] = tensors["group_sizes"].numel() if "group_sizes" in tensors else 0
     return {name: tuple(sizes[axis] for axis in axes) for name, axes in SHAPES[kind].items()}
 

@@ -16,8 +16,7 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
-from dictlearn.hub.weights import check_tensors, read_npz
-from dictlearn.types import FormatError
+from dictlearn.hub.weights import check_tensors, encoder_sizes, read_npz
 
 WEIGHTS = "params.npz"
 SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
@@ -39,9 +38,7 @@ class GemmaScope:
     def read(self, files: Files, place: str) -> Dictionary:
         path = files.path(posixpath.join(place, WEIGHTS))
         tensors = {key[:1].upper() + key[1:] if key[:2] == "w_" else key: t for key, t in read_npz(path).items()}
-        if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
-            raise FormatError(f"{path} must hold W_enc [d_in, n_latents]; it holds {sorted(tensors)}.")
-        d, n = tensors["W_enc"].shape
+        d, n = encoder_sizes(path, tensors, "W_enc")
         shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
         check_tensors(path, tensors, shapes)
         site, metadata = _origin(f"{files.source.get('repo', files.where)}/{place}")
