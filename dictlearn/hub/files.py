@@ -131,7 +131,8 @@ def _cached_files(ref: HubRef, where: str, reason: str) -> Files:
     found = named or (sorted(kept, key=lambda r: r.last_modified)[-1:] if ref.revision is None else [])
     if not found:
         raise DictlearnError(
-            f"{where} is not in the download cache ({cache}), and {constants.ENDPOINT} cannot be reached: {reason}"
+            f"{where} is no file here and not in the download cache ({cache}), and {constants.ENDPOINT} cannot be "
+            f"reached: {reason}"
         )
     folder = found[0].snapshot_path
     names = tuple(sorted(file.file_path.relative_to(folder).as_posix() for file in found[0].files))

@@ -50,14 +50,19 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise FormatError(f"{path} is not a whole safetensors file: {error}.") from None
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file as float32, with exactly the keys and shapes given, all finite."""
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, unchecked."""
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise FormatError(f"{path} is missing.") from None
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path} is not a whole safetensors file: {error}.") from None
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as float32, with exactly the keys and shapes given, all finite."""
+    tensors = load_tensors(path)
     check_tensors(path, tensors, shapes)
     return {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
 

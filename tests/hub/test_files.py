@@ -73,9 +73,9 @@ def test_offline_the_cache_is_what_there_is(server: Hub, monkeypatch: pytest.Mon
         assert found.source["revision"] == COMMIT
         assert found.path("layer_1/numbers.bin").read_bytes() == CONTENT
     assert len(server.requests) == n_requests
-    with pytest.raises(DictlearnError, match="someone/tiny@v9 is not in the download cache"):
+    with pytest.raises(DictlearnError, match="someone/tiny@v9 is no file here and not in the download cache"):
         hub_files(HubRef("someone/tiny", "", "v9"))
-    with pytest.raises(DictlearnError, match="someone/dropped is not in the download cache"):
+    with pytest.raises(DictlearnError, match="someone/dropped is no file here and not in the download cache"):
         hub_files(HubRef("someone/dropped"))
 
 
@@ -84,7 +84,9 @@ REFUSED = {
     HubRef("someone/gated"): "someone/gated is gated: accept its licence",
     HubRef("someone/closed"): "someone/closed is gated: accept its licence",
     HubRef("someone/tiny", "", "v9"): "someone/tiny has no revision 'v9'",
-    HubRef("someone/down"): "someone/down is not in the download cache .* cannot be reached: .*503",
+    HubRef(
+        "someone/down"
+    ): "someone/down is no file here and not in the download cache .* cannot be reached: .*503",
 }
 
 
