@@ -80,7 +80,8 @@ POINTS = {
 def test_the_sites(tmp_path: Path, folder: str, configured: bool, prefix: str) -> None:
     point_in, point_out, read, write_site = POINTS[folder]
     points = (point.replace("model.", prefix, 1) for point in (point_in, point_out))
-    cfg = dict(zip(("hf_hook_point_in", "hf_hook_point_out"), points, strict=True)) if configured else None
+    keys: list[str] = ["hf_hook_point_in", "hf_hook_point_out"]
+    cfg = dict(zip(keys, points, strict=True)) if configured else None
     name = "layer_7_width_16k_l0_medium" if not configured else "any"
     write(tmp_path / REPO / folder / name, tensors(), cfg)
     loaded = load(tmp_path / REPO)
