@@ -95,7 +95,7 @@ def test_step_is_forward_in_normalised_units(dictionary: Dictionary) -> None:
         pytest.skip("in training a token's latents depend on the batch")
     step = dictionary.step(x, target, variance(dictionary))
     torch.testing.assert_close(dictionary.denormalise(step.recon, x), dictionary(x).recon)
-    if dictionary.input_norm == "layer_norm":  # divides by std + 1e-5, and is undone by the std alone, as in SAELens
+    if dictionary.input_norm == "layer_norm":  # divides by std + 1e-5, is undone by std alone, as in SAELens
         mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
         target = mean + (target - mean) * std / (std + 1e-5)
     torch.testing.assert_close(dictionary.denormalise(step.target, x), target)
