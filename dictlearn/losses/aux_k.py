@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dictlearn.kernels import encode_abs_top_k, encode_top_k
 from dictlearn.types import DictlearnError, Latents, Scalar, Step
+
+if TYPE_CHECKING:
+    from dictlearn.dictionaries.base import Dictionary
 
 DENSE_BELOW = 16  # dead latents per wanted one: fewer cost less as dense products than as sparse ones
 
@@ -24,14 +27,15 @@ class AuxK:
     those by absolute value, and keep their signs. With fewer than `k` dead latents the term is
     scaled down in proportion. Cost: one product with the dead columns only, nothing when there are none.
 
+    Where every positive pre-activation fires (ReLU, the gates of a gated dictionary), a dead latent has none: the
+    term would be a constant without gradient, and is left out.
+
     Args:
         coefficient: weight of the term; the paper uses 1/32.
         k: number of dead latents per token; None: half the read width.
 
     Raises DictlearnError for a negative or infinite coefficient, and for a `k` that is no count.
     """
-
-    revives_dead: ClassVar[bool] = True
 
     def __init__(self, coefficient: float = 1 / 32, k: int | None = None) -> None:
         number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
@@ -41,9 +45,15 @@ class AuxK:
             raise DictlearnError(f"aux_k.k must be null or a whole number, at least 1, got {k!r}.")
         self.coefficient, self.k = coefficient, k
 
+    def revives(self, dictionary: Dictionary) -> bool:
+        """Whether dead latents of this dictionary can have pre-activations that learn."""
+        return dictionary.sparsifier.leaves_positive
+
     def __call__(self, step: Step) -> Scalar | None:
-        """None while no latent is dead, and for a batch of one token, whose residual has no variance."""
-        if step.dead is None or (len(step.x) == 1 and step.residual_variance is None):
+        """None where and while it revives none, and for a batch of one token, whose residual has no variance."""
+        if step.dead is None or not self.revives(step.dictionary):
+            return None
+        if len(step.x) == 1 and step.residual_variance is None:
             return None
         n_dead = len(step.dead)
         wanted = self.k or max(1, step.x.shape[-1] // 2)

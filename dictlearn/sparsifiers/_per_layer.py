@@ -59,6 +59,10 @@ class PerLayer(Sparsifier):
     def signed(self) -> bool:  # type: ignore[override]
         return self.layers[0].signed
 
+    @property
+    def leaves_positive(self) -> bool:  # type: ignore[override]
+        return self.layers[0].leaves_positive
+
     def forward(self, pre_acts: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch n_latents"]:
         parts = pre_acts.tensor_split(len(self.layers), dim=-1)
         return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)], dim=-1)

@@ -21,12 +21,14 @@ class Sparsifier(nn.Module, ABC):
     `compact`: the number of latents per token is small and fixed from the start, so training never builds the
     dense code. `norm_weighted`: the penalty weighs each latent by its decoder norm, so decoder norms are free.
     `per_token`: in training, what a token gives depends on no other token. `per_latent`: whether a latent fires
-    depends on no other latent. `signed`: latents may be negative.
+    depends on no other latent. `signed`: latents may be negative. `leaves_positive`: a positive pre-activation
+    need not fire, so that a latent that never fires can have one to be revived by.
     """
 
     compact: ClassVar[bool] = False
     per_latent: ClassVar[bool] = False
     signed: ClassVar[bool] = False
+    leaves_positive: ClassVar[bool] = True
     norm_weighted: bool = False
     per_token: bool = True
 

@@ -36,6 +36,7 @@ class ReLU(Sparsifier):
 
     norm_weighted = True
     per_latent = True
+    leaves_positive = False
 
     scale: Float[Tensor, ""]  # of the weight, from the jumps of p so far
 

@@ -19,7 +19,7 @@ from dictlearn.training.first_scale import first_scale
 from dictlearn.training.gradients import with_gradients
 from dictlearn.training.statistics import TrainingStatistics
 from dictlearn.training.subspace import Size, Subspace, subspaces
-from dictlearn.training.terms import LossTerm, check_chunks, check_terms, micro_batch_problem
+from dictlearn.training.terms import LossTerm, check_chunks, check_terms, micro_batch_problem, revive_dead
 from dictlearn.types import DictlearnError, Scalar, Step
 
 
@@ -47,7 +47,7 @@ class Learner(nn.Module):
         self.name = name
         self.dictionary = dictionary
         self.terms = dict(terms)
-        self.revives_dead = any(getattr(term, "revives_dead", False) for term in self.terms.values())
+        self.revives_dead = revive_dead(self.terms, dictionary)
         self.recon_coefficient = math.prod(getattr(t, "recon_coefficient", 1.0) for t in self.terms.values())
         self.clip_norm = clip_norm
         check_terms(terms, dictionary)

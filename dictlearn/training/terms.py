@@ -15,11 +15,12 @@ from dictlearn.types import DictlearnError, Scalar, Site, Step
 class LossTerm(Protocol):
     """A shared loss term: its coefficient included; None when it does not apply to this step.
 
-    It is a mean over the tokens of the step, without other denominators of the batch, so that chunks of a batch add
-    up. A term with a true attribute `revives_dead` gets `step.dead_rows` to learn through, and in a chunk
-    `step.residual_variance`. One with a true `needs_lm` is an `LMTerm`. An attribute `recon_coefficient` multiplies
-    the loss that the dictionary calls recon. One with a method `check` gets the dictionary before training, perhaps
-    on the meta device, and raises DictlearnError where it cannot work with it.
+    It is a mean over the tokens of the step, without other denominators of the batch, so that chunks of a batch
+    add up. A term with a method `revives` gets, where that is true of the dictionary, `step.dead_rows` to learn
+    through, and in a chunk `step.residual_variance`. One with a true attribute `needs_lm` is an `LMTerm`. An
+    attribute `recon_coefficient` multiplies the loss that the dictionary calls recon. One with a method `check`
+    gets the dictionary before training, perhaps on the meta device, and raises DictlearnError where it cannot work
+    with it.
     """
 
     def __call__(self, step: Step) -> Scalar | None: ...
@@ -40,6 +41,11 @@ class LMTerm(LossTerm, Protocol):
         the variance of its raw activations. Raises DictlearnError where it cannot work with these.
         """
         ...
+
+
+def revive_dead(terms: Mapping[str, LossTerm], dictionary: Dictionary) -> bool:
+    """Whether a term revives dead latents of the dictionary."""
+    return any(revives(dictionary) for term in terms.values() if (revives := getattr(term, "revives", None)))
 
 
 def check_terms(terms: Mapping[str, LossTerm], dictionary: Dictionary) -> None:

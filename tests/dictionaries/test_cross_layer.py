@@ -190,7 +190,7 @@ def test_a_target_l0_is_reached_where_every_layer_has_it() -> None:
     assert float(penalty.detach()) == 0.0
 
 
-@pytest.mark.parametrize("kind", ["top_k", "relu"])
+@pytest.mark.parametrize("kind", ["top_k", "group_max"])
 def test_aux_k_chooses_among_the_dead_latents_of_all_layers(kind: str) -> None:
     dictionary, (x, y) = made(SLOW[kind][0]()), inputs()
     parameters = [p for name, p in dictionary.named_parameters() if name != "b_dec"]

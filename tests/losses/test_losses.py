@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.bilinear import Bilinear
+from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.gated import Gated
 from dictlearn.dictionaries.linear import Linear
@@ -82,7 +83,6 @@ def bilinear_products(d: Dictionary, x: Tensor) -> Tensor:
 
 OTHERS: dict[str, tuple[Callable[[], Dictionary], Callable[[Dictionary, Tensor], Tensor]]] = {
     "signed": (lambda: Linear(6, 6, 16, AbsTopK(4)), lambda d, x: x @ d.W_enc + d.b_enc),
-    "gated": (Gated.tiny, lambda d, x: x @ d.W_enc + d.b_enc),  # dead are those whose gates are closed
     "bilinear": (Bilinear.tiny, bilinear_products),
     "matryoshka": (Matryoshka.tiny, lambda d, x: x @ d.W_enc + d.b_enc),
     "signed bilinear": (lambda: Bilinear(6, 6, 16, AbsTopK(4)), bilinear_products),
@@ -156,6 +156,33 @@ def test_aux_k_descends_on_the_encoder() -> None:
 
 def test_aux_k_without_dead_latents_costs_nothing() -> None:
     assert AuxK()(step_of(dead=None)) is None
+
+
+def cross_layer_relu() -> CrossLayer:
+    return CrossLayer(6, 6, 16, ReLU(0.1), ["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(6, 6, 16, ReLU(0.1)), Gated.tiny, cross_layer_relu])
+def test_aux_k_is_left_out_where_every_positive_pre_activation_fires(make: Callable[[], Dictionary]) -> None:
+    """Written out, it is a constant: dead latents explain nothing of the residual, and no gradient arrives."""
+    d = make()
+    for parameter in d.parameters():
+        parameter.data.normal_()
+    d.b_enc.data[DEAD] = -50.0
+    axes = (len(d.reads), 6) if d.site_axis else (6,)
+    x, target = torch.randn(32, *axes), torch.randn(32, *axes)
+    step = d.step(x, target, torch.ones(len(d.writes)), DEAD)
+    assert isinstance(step.latents, Tensor)
+    assert not step.latents[:, DEAD].any()
+    code = (d.products(step.x) + d.b_enc).relu() * torch.isin(torch.arange(16), DEAD)
+    residual = (step.target - step.recon).detach()
+    fvu = (residual - code @ d.flat_W_dec).square().sum() / (residual - residual.mean(0)).square().sum()
+    torch.testing.assert_close(fvu, residual.square().sum() / (residual - residual.mean(0)).square().sum())
+    parameters = [p for p in d.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(fvu, parameters, allow_unused=True, materialize_grads=True)
+    assert not any(grad.any() for grad in grads)
+    assert AuxK()(step) is None
+    assert not AuxK().revives(d)
 
 
 def test_aux_k_of_one_token_is_nothing() -> None:

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from dictlearn.data import SiteStatistics
+from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.losses.aux_k import AuxK
 from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
@@ -209,3 +211,55 @@ def test_a_frozen_weight_stays_without_a_gradient(frozen: str, micro_batch_size:
     learner.loss(PlantedStream(1).batch(0)).backward()
     missing = [name for name, p in learner.dictionary.named_parameters() if p.grad is None]
     assert missing == [frozen]
+
+
+def relu_run(terms: dict[str, AuxK]) -> tuple[Learner, list[float]]:
+    """60 steps with a steep penalty, under which latents die; and their losses."""
+    stream, dictionary = PlantedStream(60), Linear(D, D, 64, ReLU(1.0), ["x"], ["x"])
+    variance = prepare(dictionary, stream.statistics(), "mean_norm", torch.Generator().manual_seed(0))
+    learner = Learner("x", dictionary, terms, variance, 512, 1.0, micro_batch_size=64)
+    optimizer, losses = torch.optim.Adam(dictionary.parameters(), lr=0.01), []
+    for batch in stream:
+        loss = learner.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        learner.statistics.flush()
+        losses.append(float(loss.detach()))
+    return learner, losses
+
+
+def test_aux_k_changes_nothing_under_relu() -> None:
+    plain, losses = relu_run({})
+    with_term, found = relu_run({"aux_k": AuxK()})
+    assert 3 < int(plain.statistics.is_dead.sum()) < 64
+    assert found == losses
+    for name, value in with_term.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+    assert not with_term.revives_dead
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 50])
+def test_a_term_that_revives_latents_without_positive_pre_activations_has_their_weights(
+    micro_batch_size: int | None,
+) -> None:
+    """What AuxK leaves out, another term may do: such as by the pre-activations themselves."""
+
+    class Raised:
+        def revives(self, dictionary: Dictionary) -> bool:
+            return dictionary.sparsifier.kind == "relu"
+
+        def __call__(self, step: Step) -> Tensor | None:
+            if step.dead is None or step.dead_rows is None:
+                return None
+            return -step.dictionary.row_pre_acts(step.x, step.dead_rows, step.dead).sum(-1).mean()
+
+    dead = torch.tensor([3, 9])
+    for sparsifier in (ReLU(0.0), TopK(4)):
+        dictionary = Linear(D, D, 64, sparsifier, ["x"], ["x"])
+        learner = Learner("x", dictionary, {"raised": Raised()}, torch.ones(1), 512, None, micro_batch_size)
+        learner.statistics.is_dead[dead] = True
+        learner.loss(PlantedStream(1).batch(0)).backward()
+        expected = torch.zeros(64)
+        expected[dead] = -1.0 if isinstance(sparsifier, ReLU) else 0.0
+        torch.testing.assert_close(dictionary.b_enc.grad, expected)
