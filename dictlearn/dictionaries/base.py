@@ -3,8 +3,8 @@
     x~ = x * read_scale;  pre = x~ @ W_enc + b_enc;  latents = sparsifier(pre)
     recon = (latents @ W_dec + b_dec (+ x~ @ W_skip.T)) / write_scale
 
-With `input_norm="layer_norm"` x is each token's layer-normed one, and recon is put back with that token's mean and
-standard deviation. Everything public takes and returns raw activations; `step` works in normalised units.
+With an `input_norm` x is each token's normed one, and an autoencoder's recon is put back with what was taken off
+that token. Everything public takes and returns raw activations; `step` works in normalised units.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from dictlearn.checks import check_flag
 from dictlearn.dictionaries import _latents, _scales
-from dictlearn.dictionaries._input_norm import check_input_norm
+from dictlearn.dictionaries._input_norm import Normed, check_input_norm, normed, undone
 from dictlearn.dictionaries._sites import Sited
-from dictlearn.kernels import EPS, LayerNormed, decode, layer_norm, normalise_rows_, project_rows_
+from dictlearn.kernels import decode, normalise_rows_, project_rows_
 from dictlearn.losses.recon import recon_loss
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.types import DictlearnError, LatentRows, Latents, Output, Scalar, SparseLatents, Step
@@ -41,9 +41,11 @@ class Dictionary(Sited, nn.Module, ABC):
         decoder_norm: "unit" projects the rows of W_dec (over all write sites) to norm 1 after every step, "free"
             does not; None chooses "unit" for a sparse autoencoder unless the sparsifier's penalty is weighted by
             decoder norms.
-        input_norm: "none", or "layer_norm": each token by itself, as in SAELens: z = (x - mean) / (std + 1e-5) over
-            the width, std unbiased; recon is multiplied by std and shifted by the mean. It depends on the token, so
-            it is never folded into weights. For autoencoders of one site.
+        input_norm: "none", or how each token is normalised by itself (_input_norm.py). For autoencoders of one site
+            "layer_norm", as in SAELens: z = (x - mean) / (std + 1e-5) over the width, std unbiased, recon is
+            multiplied by std and shifted by the mean; "constant_norm_rescale": to norm sqrt(d_in); "centre": the
+            mean over the width is taken off. For transcoders "rms_norm" and "lm_layer_norm": the language model's
+            norm without its gain and bias, of what is read alone.
 
     Raises DictlearnError for values outside these, and where `sparsifier` does not fit `n_latents`.
     """
@@ -109,7 +111,7 @@ class Dictionary(Sited, nn.Module, ABC):
         """The same latents, compact, over the flattened batch."""
 
     def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
-        """Reconstruction in raw units; with a skip path or a layer norm the raw input `x` is needed as well.
+        """Reconstruction in raw units; with a skip path or an input norm the raw input `x` is needed as well.
 
         Dense latents `[*, n_latents]` give `[*, d_out]`, compact ones `[n_tokens, d_out]`; several write sites
         add an axis before `d_out`. Nothing is kept between calls.
@@ -154,30 +156,29 @@ class Dictionary(Sited, nn.Module, ABC):
 
     def normalise(self, x: Tensor) -> Float[Tensor, "*batch reads"]:
         """Raw reads to normalised, flattened ones."""
-        x = self._layer_norm(x).z if self.input_norm == "layer_norm" else x.to(self.b_dec.dtype)
+        x = x.to(self.b_dec.dtype) if self.input_norm == "none" else self._normed(x).z
         return (x * self.read_scale.unsqueeze(-1)).flatten(-2) if self.site_axis else x * self.read_scale
 
     def normalise_target(self, y: Tensor, x: Tensor | None = None) -> Float[Tensor, "*batch writes"]:
-        """Raw targets to normalised, flattened ones; with a layer norm, by the mean and std of the reads `x`."""
+        """Raw targets to normalised, flattened ones; an autoencoder's by what its input norm takes off `x`."""
         y = y.to(self.b_dec.dtype)
-        if self.input_norm == "layer_norm":
-            _, mean, std = self._layer_norm(x)
-            y = (y - mean) / (std + EPS)
+        if undone(self.input_norm):
+            norm = self._normed(x)
+            y = (y - norm.shift) / norm.divisor
         return (y * self.write_scale.unsqueeze(-1)).flatten(-2) if self.site_axis else y * self.write_scale
 
     def denormalise(self, flat: Float[Tensor, "*batch writes"], x: Tensor | None = None) -> Tensor:
-        """Normalised, flattened reconstructions to raw ones; with a layer norm, by the mean and std of `x`."""
+        """Normalised, flattened reconstructions to raw ones; an autoencoder's by what was taken off `x`."""
         if self.site_axis:
             return flat.unflatten(-1, (len(self.writes), self.d_out)) / self.write_scale.unsqueeze(-1)
         y = flat / self.write_scale
-        if self.input_norm == "none":
+        if not undone(self.input_norm):
             return y
-        _, mean, std = self._layer_norm(x)
-        per_token = (*y.shape[:-1], 1)
-        return y * std.reshape(per_token) + mean.reshape(per_token)
+        norm, per_token = self._normed(x), (*y.shape[:-1], 1)
+        return y * norm.factor.reshape(per_token) + norm.shift.reshape(per_token)
 
-    def _layer_norm(self, x: Tensor | None) -> LayerNormed:
-        return layer_norm(_needed(x, "a layer norm").to(self.b_dec.dtype))
+    def _normed(self, x: Tensor | None) -> Normed:
+        return normed(self.input_norm, _needed(x, f"input_norm={self.input_norm}").to(self.b_dec.dtype))
 
     def _skip(self, flat_x: Tensor) -> Tensor:
         assert self.W_skip is not None
@@ -324,8 +325,8 @@ class Dictionary(Sited, nn.Module, ABC):
 
         With one write site, latents then come in raw activation units: the write scale moves from the decoder
         into the encoder, which keeps the selection because every latent moves alike. Where no latent's firing
-        depends on another one (ReLU, JumpReLU) each row's norm is folded as well. A layer norm stays, and latents
-        are in units of the token's standard deviation.
+        depends on another one (ReLU, JumpReLU) each row's norm is folded as well. An input norm stays, and latents
+        are in its units.
         """
         folded = copy.deepcopy(self).requires_grad_(False).eval()
         folded.sparsifier = folded.sparsifier.for_inference().requires_grad_(False).eval()

@@ -182,7 +182,7 @@ def prepare(
     if normalise not in NORMALISE:
         raise DictlearnError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}.")
     layer_norm = dictionary.input_norm == "layer_norm"
-    if layer_norm != (normalise == "layer_norm"):
+    if dictionary.input_norm != ("layer_norm" if normalise == "layer_norm" else "none"):
         raise DictlearnError(
             f"normalise=layer_norm and input_norm=layer_norm go together, got normalise={normalise} and a "
             f"dictionary with input_norm={dictionary.input_norm}."

@@ -18,8 +18,8 @@ from dictlearn.types import DictlearnError
 from tests.sparsifiers.unchecked import unchecked
 
 
-def transcoder(skip: bool) -> Linear:
-    made = Linear(6, 5, 16, TopK(4), reads=["a"], writes=["b"], skip=skip)
+def transcoder(skip: bool, input_norm: str = "none") -> Linear:
+    made = Linear(6, 5, 16, TopK(4), reads=["a"], writes=["b"], skip=skip, input_norm=input_norm)
     made.initialise_(torch.Generator().manual_seed(0), torch.randn(1, 6), torch.randn(1, 5))
     for parameter in (made.W_dec, made.W_skip):
         if parameter is not None:
@@ -34,8 +34,8 @@ def relu_autoencoder() -> Linear:
     return made
 
 
-def layer_norm_autoencoder(skip: bool = False) -> Linear:
-    made = Linear(6, 6, 16, TopK(4), skip=skip, input_norm="layer_norm")
+def layer_norm_autoencoder(skip: bool = False, input_norm: str = "layer_norm") -> Linear:
+    made = Linear(6, 6, 16, TopK(4), skip=skip, input_norm=input_norm)
     made.initialise_(torch.Generator().manual_seed(0), torch.randn(1, 6), torch.randn(1, 6))
     if made.W_skip is not None:
         made.W_skip.data.normal_()
@@ -48,6 +48,10 @@ EXTRA = {
     "relu": relu_autoencoder,
     "layer_norm": layer_norm_autoencoder,
     "skip_layer_norm": lambda: layer_norm_autoencoder(skip=True),
+    "constant_norm_rescale": lambda: layer_norm_autoencoder(input_norm="constant_norm_rescale"),
+    "centre": lambda: layer_norm_autoencoder(input_norm="centre"),
+    "rms_norm": lambda: transcoder(skip=True, input_norm="rms_norm"),
+    "lm_layer_norm": lambda: transcoder(skip=False, input_norm="lm_layer_norm"),
 }
 
 
@@ -112,8 +116,9 @@ def test_leading_axes(dictionary: Dictionary) -> None:
 def test_scaling_the_activations_scales_the_reconstruction(dictionary: Dictionary) -> None:
     x, _ = inputs(dictionary)
     scaled = copy.deepcopy(dictionary)
-    if dictionary.input_norm == "none":  # a layer norm finds the scale by itself
+    if dictionary.input_norm in ("none", "centre"):  # other norms find the scale by themselves
         scaled.read_scale /= 100
+    if dictionary.input_norm not in ("layer_norm", "constant_norm_rescale"):  # these put it back
         scaled.write_scale /= 100
     torch.testing.assert_close(scaled(100 * x).recon, 100 * dictionary(x).recon, rtol=1e-4, atol=1e-3)
 
@@ -257,7 +262,8 @@ def test_crosscoder_of_two_equal_sites_sums_their_encoders() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "part"), [(lambda: transcoder(skip=True), "a skip path"), (layer_norm_autoencoder, "a layer norm")]
+    ("make", "part"),
+    [(lambda: transcoder(skip=True), "a skip path"), (layer_norm_autoencoder, "input_norm=layer_norm")],
 )
 def test_decode_needs_the_input_where_the_dictionary_does(make: Callable[[], Linear], part: str) -> None:
     with pytest.raises(DictlearnError, match=rf"has {part}: decode\(latents, x\)"):

@@ -116,9 +116,9 @@ def test_low_precision_activations_are_normalised_in_the_dictionarys() -> None:
 
 
 def test_what_it_does_not_fit_is_refused() -> None:
-    with pytest.raises(DictlearnError, match="one of none, layer_norm, got 'batch_norm'"):
+    with pytest.raises(DictlearnError, match=r"one of none, layer_norm, .*got 'batch_norm'"):
         Linear(6, 6, 16, TopK(4), input_norm="batch_norm")
-    reason = "mean and standard deviation of the token that was read; this {} reads {} and writes {}"
+    reason = "what was taken off the token that was read; this {} reads {} and writes {}"
     with pytest.raises(DictlearnError, match=reason.format("Linear", "a", "b")):
         Linear(6, 6, 16, TopK(4), ["a"], ["b"], input_norm="layer_norm")
     with pytest.raises(DictlearnError, match=reason.format("Crosscoder", "a, b", "a, b")):

@@ -66,6 +66,7 @@ SAE_LENS_CASES: dict[str, Any] = {
     "abstopk": lambda: made(AbsTopK(4)),
     "jumprelu": lambda: made(JumpReLU()),
     "jumprelu, layer_norm": lambda: made(JumpReLU(), input_norm="layer_norm"),
+    "standard, constant_norm_rescale": lambda: made(ReLU(0.1), input_norm="constant_norm_rescale"),
     "jumprelu, none, gated": lambda: trained(ReLU(0.1), Gated),
     "jumprelu, none, batch_top_k": lambda: trained(BatchTopK(4)),
     "jumprelu, none, matryoshka": lambda: trained(BatchTopK(4), Matryoshka),
@@ -77,6 +78,8 @@ SAE_LENS_CASES: dict[str, Any] = {
 }
 CASES = SAE_LENS_CASES | {
     "dictlearn_linear, layer_norm": lambda: made(TopK(4), skip=True, input_norm="layer_norm"),
+    "dictlearn_linear, centre": lambda: made(ReLU(0.1), input_norm="centre"),
+    "dictlearn_linear, rms_norm": lambda: made(ReLU(0.1), autoencoder=False, input_norm="rms_norm"),
     "dictlearn_linear": lambda: made(TopK(4), autoencoder=False, skip=True),
     "dictlearn_linear, none, group_max": lambda: made(GroupMax(4)),
     "dictlearn_linear, none, abs_top_k": lambda: made(AbsTopK(4), autoencoder=False),
@@ -97,7 +100,8 @@ TENSORS = {  # of each architecture there, which refuses others
 def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     """Latents and reconstruction by the rules of SAELens v6 inference, in float64.
 
-    A layer norm divides by the standard deviation + 1e-5 and is put back with the deviation alone.
+    A layer norm divides by the standard deviation + 1e-5 and is put back with the deviation alone; a constant norm
+    is the root of the width.
     """
     cfg = json.loads((folder / "cfg.json").read_text())
     w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
@@ -106,6 +110,9 @@ def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = x.sum(-1, keepdim=True) / x.shape[-1]
         std = ((x - mean).square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
         x = (x - mean) / (std + 1e-5)
+    elif cfg["normalize_activations"] == "constant_norm_rescale":
+        mean, std = 0, x.square().sum(-1, keepdim=True).sqrt() / x.shape[-1] ** 0.5
+        x = x / std
     else:
         assert cfg["normalize_activations"] == "none"
         mean, std = 0, 1
@@ -205,7 +212,7 @@ def foreign(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rescale", [True, False])
-@pytest.mark.parametrize("mode", ["none", "layer_norm"])
+@pytest.mark.parametrize("mode", ["none", "layer_norm", "constant_norm_rescale"])
 def test_files_of_sae_lens_are_read_by_its_rule(tmp_path: Path, bias: bool, rescale: bool, mode: str) -> None:
     foreign(tmp_path, apply_b_dec_to_input=bias, rescale_acts_by_decoder_norm=rescale, normalize_activations=mode)
     loaded = dictlearn.load(tmp_path)
@@ -268,8 +275,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "architecture": (lambda f: change_cfg(f, architecture="moe"), "architecture must be one of .*got 'moe'"),
     "normalised": (
-        lambda f: change_cfg(f, normalize_activations="constant_norm_rescale"),
-        "must be one of none, layer_norm .*got 'constant_norm_rescale'",
+        lambda f: change_cfg(f, normalize_activations="expected_average_only_in"),
+        "must be one of none, layer_norm, .*got 'expected_average_only_in'",
     ),
     "a layer-normed transcoder": (
         lambda f: change_cfg(f, normalize_activations="layer_norm", architecture="transcoder", d_out=6),

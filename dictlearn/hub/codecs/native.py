@@ -22,7 +22,6 @@ from torch import nn
 
 from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
-from dictlearn.dictionaries._input_norm import INPUT_NORMS
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
@@ -46,6 +45,7 @@ SAE_LENS_NAMES = {
     ("jump_relu", False, False): "jumprelu_transcoder",
     ("jump_relu", False, True): "jumprelu_skip_transcoder",
 }
+SAE_LENS_NORMS = ("none", "layer_norm", "constant_norm_rescale")  # the same words and rules there
 UNCOMPARED = ("metadata", "dtype", "device", "reshape_activations")  # they do not say what is computed
 
 NO_PENALTY: dict[str, dict[str, Any]] = {"relu": {"l1": 0.0}, "jump_relu": {"penalty": "l0"}}
@@ -138,7 +138,7 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
-        "normalize_activations": dictionary.input_norm,  # the same words and rules there
+        "normalize_activations": dictionary.input_norm,
         "reshape_activations": "hook_z" if by_head else "none",
     }
     if not dictionary.is_autoencoder:
@@ -162,7 +162,8 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
 def _architecture(dictionary: Dictionary) -> str:
     kind = kind_of(dictionary)
     key = (dictionary.sparsifier.kind, dictionary.is_autoencoder, dictionary.W_skip is not None)
-    return SAE_LENS_NAMES[key] if kind == "linear" and key in SAE_LENS_NAMES else f"{OWN}{kind}"
+    theirs = kind == "linear" and key in SAE_LENS_NAMES and dictionary.input_norm in SAE_LENS_NORMS
+    return SAE_LENS_NAMES[key] if theirs else f"{OWN}{kind}"
 
 
 def _build(cfg: Mapping[str, Any]) -> Dictionary:
@@ -187,10 +188,10 @@ def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
     by_name = {name: key for key, name in SAE_LENS_NAMES.items()}
     if architecture not in by_name:
         raise DictlearnError(f"architecture must be one of {sorted(by_name)}, got {architecture!r}.")
-    if (mode := cfg.get("normalize_activations", "none")) not in INPUT_NORMS:
+    if (mode := cfg.get("normalize_activations", "none")) not in SAE_LENS_NORMS:
         raise DictlearnError(
-            f"normalize_activations must be one of {', '.join(INPUT_NORMS)} (other modes must be folded into the "
-            f"weights), got {mode!r}."
+            f"normalize_activations must be one of {', '.join(SAE_LENS_NORMS)} (other modes must be folded into "
+            f"the weights), got {mode!r}."
         )
     kind, autoencoder, skip = by_name[architecture]
     arguments = {"k": cfg["k"]} if kind in ("top_k", "abs_top_k") else NO_PENALTY[kind]
