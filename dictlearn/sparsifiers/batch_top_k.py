@@ -14,15 +14,22 @@ from dictlearn.sparsifiers.base import Sparsifier
 from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.types import DictlearnError, Encoded, SparseLatents
 
-RATE = 0.01  # of the running mean of the threshold, once it has seen 1 / RATE batches
+MOST_BATCHES = 100  # of the window of the mean that the threshold is
+WINDOW = 0.1  # of the run, at most
 
 
 class BatchTopK(Sparsifier):
     """In training, ReLU of the `k` * n_tokens largest pre-activations of the batch: `k` a token on average.
 
-    At inference a token must not depend on others: there, latents above one `threshold` fire, the running mean over
-    training batches of the smallest positive pre-activation that was kept, in float32. The inference dictionary has
-    it as JumpReLU. Before the first step the threshold is 0.
+    At inference a token must not depend on others: there, latents above one `threshold` fire, a mean over training
+    batches of the smallest positive pre-activation that was kept, in float32. The inference dictionary has it as
+    JumpReLU. Before the first step the threshold is 0.
+
+    With m_i the smallest one of batch i of n, and w = min(100, a tenth of the steps of the run, but at least 1),
+
+        threshold = sum_i (1 - 1/w)^(n - i) m_i / sum_i (1 - 1/w)^(n - i)
+
+    so that in a short run it is that of the weights at the end as well.
     """
 
     compact: ClassVar[bool] = True
@@ -36,6 +43,7 @@ class BatchTopK(Sparsifier):
         check_count("sparsifier.k", k)
         self.k = k
         self.n_latents = 0
+        self.window = float(MOST_BATCHES)  # batches
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("n_seen", torch.zeros(()))
 
@@ -63,7 +71,7 @@ class BatchTopK(Sparsifier):
 
     @torch.no_grad()
     def _follow_(self, values: Float[Tensor, " nnz"]) -> None:
-        """Move the threshold towards the smallest positive one of `values`; without one it stays.
+        """Take the smallest positive one of `values` into the threshold; without one it stays.
 
         In training mode only (`Module.train`).
         """
@@ -72,8 +80,12 @@ class BatchTopK(Sparsifier):
         least = torch.where(values > 0, values, torch.inf).float().amin() if len(values) else self.threshold
         found = least.isfinite()
         self.n_seen += found
-        rate = (1 / self.n_seen.clamp_min(1)).clamp_min(RATE)
+        keep = 1 - 1 / self.window
+        rate = (1 - keep) / (1 - keep**self.n_seen)  # of the newest one, among the weights so far
         self.threshold += torch.where(found, rate * (least - self.threshold), 0.0)
+
+    def at(self, step: int, n_steps: int) -> None:  # noqa: ARG002
+        self.window = max(1.0, min(MOST_BATCHES, WINDOW * n_steps))
 
     def bind(self, n_latents: int) -> None:
         if self.k > n_latents:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -64,15 +65,40 @@ def test_gradients_are_those_of_the_dense_rule(encode: Callable[[Linear, Tensor]
     torch.testing.assert_close(list(found), list(expected))
 
 
-def test_the_threshold_is_a_mean_then_a_running_mean() -> None:
-    made, expected, found = around(BatchTopK(K)), 0.0, []
-    for step in range(300):
-        x = (1 + step / 100) * tokens(8, seed=step)
-        made.step(x, x, torch.ones(1))
-        least = min(v for v in by_sorting(made.pre_activations(x).detach(), 24)[1] if v > 0)
-        found.append(least)
-        expected = sum(found) / len(found) if step < 100 else 0.99 * expected + 0.01 * least
-        assert float(made.get_buffer("sparsifier.threshold")) == pytest.approx(expected, rel=1e-4)
+def batch_whose_least_is(value: float) -> Tensor:
+    """Pre-activations of 4 tokens, of which the least one that k=1 keeps is `value`."""
+    pre_acts = torch.full((4, N_LATENTS), value - 10)
+    pre_acts[[0, 0, 2, 3], [5, 6, 1, 0]] = value + torch.tensor([0.0, 3.0, 1.0, 2.0])
+    return pre_acts
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "window"), [(3, 1.0), (17, 1.7), (200, 20.0), (999, 99.9), (1_000, 100.0), (50_000, 100.0)]
+)
+def test_the_threshold_is_a_weighted_mean_of_the_least_ones(n_steps: int, window: float) -> None:
+    """The weight of a batch is (1 - 1/w)^(age), and weights sum to 1 from the first batch on."""
+    made, minima = BatchTopK(1), 1 + 5 * np.random.default_rng(0).random(min(n_steps, 400))
+    made.bind(N_LATENTS)
+    for step, least in enumerate(minima):
+        made.at(step, n_steps)
+        made.select(batch_whose_least_is(float(least)))
+        if step % 3 == 0:
+            made.select(batch_whose_least_is(-4.0).clamp_max(-0.5))  # none is positive
+        if step in (0, 1, 7, len(minima) - 1):
+            weights = (1 - 1 / window) ** np.arange(step, -1, -1, dtype=np.float64)
+            expected = float((weights * minima[: step + 1]).sum() / weights.sum())
+            assert float(made.threshold) == pytest.approx(expected, rel=1e-5)
+    assert made.n_seen == len(minima)
+
+
+def test_before_a_run_is_known_the_window_is_the_longest() -> None:
+    made, known = BatchTopK(1), BatchTopK(1)
+    for step in range(30):
+        known.at(step, 10**6)
+        for sparsifier in (made, known):
+            sparsifier.select(batch_whose_least_is(1.0 + step))
+    assert torch.equal(made.threshold, known.threshold)
+    assert float(made.threshold) > 1.0 + 14.5  # of a plain mean
 
 
 def test_a_batch_without_a_positive_one_leaves_the_threshold() -> None:

@@ -9,6 +9,7 @@ from dictlearn.data import Batch, SiteStatistics
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.kernels import layer_norm
 from dictlearn.losses.aux_k import AuxK
+from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.training.learner import Learner, prepare
 from dictlearn.training.module import Member
@@ -84,8 +85,9 @@ def member(
     clip_norm: float | None = 1.0,
     dead_after: int = 2_000,
     seed: int = 0,
+    sparsifier: Sparsifier | None = None,
 ) -> Member:
-    dictionary = Linear(D, D, 64, TopK(k), reads=[reads], writes=[writes])
+    dictionary = Linear(D, D, 64, sparsifier or TopK(k), reads=[reads], writes=[writes])
     statistics = PlantedStream(1).statistics()
     variance = prepare(dictionary, statistics, "mean_norm", torch.Generator().manual_seed(seed))
     learner = Learner(name, dictionary, {"aux_k": AuxK()}, variance, dead_after, clip_norm)
