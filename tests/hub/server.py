@@ -6,19 +6,32 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 from urllib.parse import unquote
 
+import pytest
+from huggingface_hub import constants
+
+ServerT = TypeVar("ServerT", bound="Hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Damaged(bytes):
+    """Content that is announced with the sha256 of another: `announced`."""
+
+    announced: str
 
 
 @dataclass
 class Repository:
     """Files by name. `refuses`: (status, X-Error-Code) of every answer; `drops`: a connection ends half-way through
-    this file; `lies`: this file is announced with the hash of another.
+    this file; `lies`: this file is announced with the hash of another. `trees`: the files of commits that have
+    others than `files`.
     """
 
     files: Mapping[str, bytes]
@@ -26,6 +39,11 @@ class Repository:
     refuses: tuple[int, str] | None = None
     drops: str | None = None
     lies: str | None = None
+    private: bool = False
+    trees: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
+
+    def at(self, revision: str) -> Mapping[str, bytes]:
+        return self.trees.get(self.revisions[revision], self.files)
 
 
 class Hub(ThreadingHTTPServer):
@@ -33,8 +51,10 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, repositories: Mapping[str, Repository]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self, repositories: Mapping[str, Repository], handler: type[BaseHTTPRequestHandler] | None = None
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.repositories = dict(repositories)
         self.requests: list[str] = []
 
@@ -43,7 +63,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.answer(body=False)
 
@@ -71,8 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
     def say(self, repository: Repository, name: str, revision: str, body: bool) -> None:
         if revision not in repository.revisions:
             return self.refuse(404, "RevisionNotFound")
-        siblings = [{"rfilename": file} for file in repository.files]
+        siblings = [{"rfilename": file} for file in repository.at(revision)]
         answer = {"id": name, "sha": repository.revisions[revision], "siblings": siblings, "tags": []}
+        answer["private"] = repository.private
         return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), body)
 
     def give(self, repository: Repository, rest: str, body: bool) -> None:
@@ -80,11 +101,13 @@ class _Handler(BaseHTTPRequestHandler):
         if revision is None:
             return self.refuse(404, "RevisionNotFound")
         file, known = rest.removeprefix(f"{revision}/"), {"X-Repo-Commit": repository.revisions[revision]}
-        if file not in repository.files:
+        content = repository.at(revision).get(file)
+        if content is None:
             return self.refuse(404, "EntryNotFound", known)
-        content = repository.files[file]
-        announced = b"another" if file == repository.lies else content
-        known |= {"ETag": f'"{hashlib.sha256(announced).hexdigest()}"', "Accept-Ranges": "bytes"}
+        announced = hashlib.sha256(b"another" if file == repository.lies else content).hexdigest()
+        if isinstance(content, Damaged):
+            announced = content.announced
+        known |= {"ETag": f'"{announced}"', "Accept-Ranges": "bytes"}
         status, start = 200, 0
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             status, start = 206, int(found[1])
@@ -111,10 +134,24 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
-    with Hub(repositories) as server:
+def served(server: ServerT) -> Iterator[ServerT]:
+    with server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server
         finally:
             server.shutdown()
+
+
+def hub(repositories: Mapping[str, Repository]) -> AbstractContextManager[Hub]:
+    return served(Hub(repositories))
+
+
+def use(server: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Let the client ask this server, as HF_ENDPOINT does, with a download cache of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -17,7 +17,7 @@ from dictlearn.hub import save
 from dictlearn.hub.files import hub_files, local_files
 from dictlearn.hub.refs import HubRef
 from dictlearn.types import DictlearnError, FormatError
-from tests.hub.server import COMMIT, Hub, Repository, hub
+from tests.hub.server import COMMIT, Hub, Repository, hub, use
 
 CONTENT = bytes(range(256)) * 64
 TINY = Repository({"layer_1/numbers.bin": CONTENT, "README.md": b"tiny"})
@@ -42,12 +42,7 @@ def published(folder: Path) -> Repository:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub, and an empty download cache."""
     with hub({**REPOSITORIES, "someone/two": published(tmp_path / "published")}) as running:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        template = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        use(running, monkeypatch, tmp_path / "cache")
         yield running
 
 
@@ -115,7 +110,9 @@ def test_a_dictionary_of_the_hub(server: Hub) -> None:
     loaded = dictlearn.load("someone/two:a")
     assert isinstance(loaded, Linear)
     torch.testing.assert_close(loaded.W_dec, Linear.tiny().for_inference().W_dec)
-    assert loaded.metadata["source"] == {"repo": "someone/two", "revision": COMMIT, "path": "a"}
+    cfg = json.loads((tmp_path / "published/a/cfg.json").read_text())
+    where = {"repo": "someone/two", "revision": COMMIT, "path": "a", "format": "native"}
+    assert loaded.metadata["source"] == {**where, "config": {"a/cfg.json": cfg}}
     assert not any("/deep/" in request for request in server.requests)
     only = dictlearn.load(f"someone/two:deep@{COMMIT}")  # the only one in there
     assert isinstance(only, Linear)

@@ -1,0 +1,419 @@
+"""Publishing, with the genuine client and a local server that takes uploads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file, save_file
+
+import dictlearn
+from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.evaluation.report import write_report
+from dictlearn.evaluation.table import COLUMNS
+from dictlearn.hub import save
+from dictlearn.hub.__main__ import main
+from dictlearn.hub.card import BEGIN, METRICS
+from dictlearn.hub.publish import push
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import DictlearnError, FormatError
+from tests.hub.server import Repository, served, use
+from tests.hub.uploads import FIRST_COMMIT, TOKEN, WritableHub
+
+REPO = "someone/mine"
+NUMBERS = {"cfg.json", "report.json", "sae_weights.safetensors"}
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
+    with served(WritableHub()) as running:
+        use(running, monkeypatch, tmp_path / "cache")
+        yield running
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def autoencoder(lm: str = "gpt2") -> Dictionary:
+    made = Linear.tiny()
+    for parameter in made.parameters():
+        parameter.data.normal_()
+    made.metadata = {"lm_name": lm}
+    return made.for_inference()
+
+
+def transcoder() -> Dictionary:
+    """SAELens has no TopK transcoder."""
+    made = Linear(6, 8, 16, TopK(k=4), reads=("mlp_in.1",), writes=("mlp_out.1",), decoder_norm="free")
+    return made.for_inference()
+
+
+def write(folder: Path, dictionary: Dictionary, l0: float | None = None) -> Path:
+    """With a report, where `l0` is given."""
+    save(dictionary, folder)
+    if l0 is not None:
+        report: dict[str, Any] = {
+            "dictionary": {"sha256": sha256((folder / "sae_weights.safetensors").read_bytes())},
+            "data": {"n_counted": 200_113},
+            "sparsity": {"l0": {"mean": l0}, "frac_dead": 0.25},
+            "reconstruction": {"fvu": 0.12345, "cosine": 0.9},
+            "behaviour": {"delta_ce": 0.0312, "ce_recovered_mean": None, "kl_rec": 0.5},
+        }
+        write_report(report, folder)
+    return folder
+
+
+def manifest(server: WritableHub, repo: str = REPO) -> dict[str, dict[str, Any]]:
+    lines = server.files(repo)["manifest.jsonl"].decode().splitlines()
+    return {line["path"]: line for line in map(json.loads, lines)}
+
+
+def table(card: str) -> dict[str, dict[str, str]]:
+    """The table's rows by path, as a reader of the markdown sees them."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:1] == "|"]
+    return {row[0].strip("`"): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def assert_bit_equal(loaded: object, made: Dictionary) -> None:
+    assert isinstance(loaded, Dictionary)
+    here, there = dict(made.named_parameters()), dict(loaded.named_parameters())
+    assert here.keys() == there.keys()
+    assert all(there[name].detach().numpy().tobytes() == p.detach().numpy().tobytes() for name, p in here.items())
+
+
+@pytest.mark.parametrize("path", ["", "layer_1/a"])
+def test_what_is_pushed_comes_back(server: WritableHub, tmp_path: Path, path: str) -> None:
+    made = autoencoder()
+    folder = write(tmp_path / "a", made, l0=3.0)
+    (folder / "latents.parquet").write_bytes(b"left out")
+    pushed = dictlearn.push(folder, REPO, path)
+    assert pushed.url == f"{server.url}/{REPO}/commit/{pushed.oid}"
+    assert server.repositories[REPO].revisions["main"] == pushed.oid
+    assert pushed.refs == (f"{REPO}:{path}@{pushed.oid}" if path else f"{REPO}@{pushed.oid}",)
+    assert_bit_equal(dictlearn.load(pushed.refs[0]), made)
+    assert_bit_equal(dictlearn.load(REPO), made)
+    files = server.files(REPO)
+    inside = {f"{path}/{name}" if path else name for name in NUMBERS}
+    assert set(files) == {".gitattributes", "README.md", "manifest.jsonl", *inside}
+    assert {name: files[f"{path}/{name}" if path else name] for name in NUMBERS} == {
+        name: (folder / name).read_bytes() for name in NUMBERS
+    }
+    assert pushed.sizes == {name: len(files[name]) for name in {"README.md", "manifest.jsonl", *inside}}
+    lines = manifest(server)
+    assert {name: (line["size"], line["sha256"]) for name, line in lines.items()} == {
+        name: (len(files[name]), sha256(files[name])) for name in inside
+    }
+    assert pushed == push(folder, REPO, path), "nothing has changed, so that there is nothing to commit"
+
+
+def test_a_run_is_one_commit_with_a_card(server: WritableHub, tmp_path: Path) -> None:
+    made = {"resid_post.1": autoencoder(), "mlp_out.1_k-4": transcoder()}
+    for (name, dictionary), l0 in zip(made.items(), (31.26, None), strict=True):
+        write(tmp_path / "run" / "dictionaries" / name, dictionary, l0)
+    (tmp_path / "run" / "config.yaml").write_text("secret: 1")
+    pushed = push(tmp_path / "run", REPO, "v1")
+    assert set(server.repositories[REPO].revisions.values()) == {FIRST_COMMIT, pushed.oid}
+    for name, dictionary in made.items():
+        assert_bit_equal(dictlearn.load(f"{REPO}:v1/{name}"), dictionary)
+    assert not [name for name in server.files(REPO) if "config" in name]
+
+    card = ModelCard(server.files(REPO)["README.md"].decode())
+    assert card.data.to_dict() == {
+        "library_name": "dictlearn",
+        "tags": ["dictlearn", "saelens", "sparse-autoencoder", "transcoder"],
+        "base_model": "openai-community/gpt2",
+    }
+    rows = table(card.text)
+    assert set(rows) == {"v1/resid_post.1", "v1/mlp_out.1_k-4"}
+    measured = {key: rows["v1/resid_post.1"][key] for key in METRICS}
+    numbers = ("31.3", "25.0%", "0.1235", "0.900", "0.0312", "-", "0.5000", "200,113")
+    assert measured == dict(zip(METRICS, numbers, strict=True))
+    assert {rows["v1/mlp_out.1_k-4"][key] for key in METRICS} == {"-"}
+    assert [rows[f"v1/{name}"]["SAELens"] for name in made] == ["yes", "no"]
+    assert rows["v1/mlp_out.1_k-4"]["writes"] == "mlp_out.1"
+    assert f'dictlearn.load("{REPO}:v1/mlp_out.1_k-4")' in card.text
+    assert f'SAE.from_pretrained("{REPO}", "v1/resid_post.1")' in card.text
+
+
+def test_the_card_has_numbers_of_the_report_by_their_names() -> None:
+    of_reports = {path for path, _ in COLUMNS.values()} | {"data.n_counted"}
+    assert {path for path, _ in METRICS.values()} <= of_reports
+
+
+def test_a_second_push_keeps_the_first_and_what_others_wrote(server: WritableHub, tmp_path: Path) -> None:
+    first, second = autoencoder("gpt2"), autoencoder("EleutherAI/pythia-70m")
+    push(write(tmp_path / "a", first, l0=1.0), REPO, "a")
+    repository, files = server.repositories[REPO], dict(server.files(REPO))
+    edited = files["README.md"].decode().replace("---\n\n#", "license: mit\n---\n\n#") + "\nBy hand.\n"
+    line = '{"path": "b/notes.txt", "size": 1, "sha256": "0", "author": "me"}\n{"path": "gone", "size": 1}\n'
+    files |= {"README.md": edited.encode(), "b/notes.txt": b"?"}
+    files["manifest.jsonl"] += line.encode()
+    repository.trees[repository.revisions["main"]] = files
+    push(write(tmp_path / "b", second, l0=2.0), REPO, "b")
+    assert_bit_equal(dictlearn.load(f"{REPO}:a"), first)
+    assert_bit_equal(dictlearn.load(f"{REPO}:b"), second)
+    text = server.files(REPO)["README.md"].decode()
+    assert text.endswith("\nBy hand.\n")
+    assert text.count(BEGIN) == 1
+    assert {path: row["L0"] for path, row in table(text).items()} == {"a": "1.0", "b": "2.0"}
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "dictlearn",
+        "tags": ["dictlearn", "saelens", "sparse-autoencoder"],
+        "base_model": ["openai-community/gpt2", "EleutherAI/pythia-70m"],
+        "license": "mit",
+    }
+    lines = manifest(server)
+    assert set(lines) == {f"{place}/{name}" for place in "ab" for name in NUMBERS} | {"b/notes.txt"}
+    assert lines["b/notes.txt"]["author"] == "me"
+
+
+def test_a_dictionary_is_replaced_with_its_report(server: WritableHub, tmp_path: Path) -> None:
+    push(write(tmp_path / "a", autoencoder(), l0=1.0), REPO, "x")
+    made = autoencoder()
+    push(write(tmp_path / "b", made), REPO, "x")
+    assert_bit_equal(dictlearn.load(f"{REPO}:x"), made)
+    assert "x/report.json" not in {*server.files(REPO), *manifest(server)}
+    assert table(server.files(REPO)["README.md"].decode())["x"]["L0"] == "-"
+
+
+@pytest.mark.parametrize("text", [b"# By hand\n", b"---\n- a list\n---\n"], ids=["no block", "no header"])
+def test_a_card_that_others_wrote_stays(
+    server: WritableHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: bytes
+) -> None:
+    text += BEGIN.encode() if b"list" in text else b""
+    server.repositories[REPO] = Repository({"README.md": text}, {"main": FIRST_COMMIT, FIRST_COMMIT: FIRST_COMMIT})
+    push(write(tmp_path / "a", autoencoder()), REPO, "a")
+    assert server.files(REPO)["README.md"] == text
+    assert "README.md of someone/mine stays as it is" in caplog.text
+
+
+def test_a_branch(server: WritableHub, tmp_path: Path) -> None:
+    old, new = autoencoder(), autoencoder()
+    push(write(tmp_path / "a", old), REPO, "a")
+    push(write(tmp_path / "b", new), REPO, "a", branch="v2")
+    assert_bit_equal(dictlearn.load(f"{REPO}:a"), old)
+    assert_bit_equal(dictlearn.load(f"{REPO}:a@v2"), new)
+    text = server.files(REPO, "v2")["README.md"].decode()
+    assert f'dictlearn.load("{REPO}:a@v2")' in text
+    assert f'snapshot_download("{REPO}", revision="v2")' in text
+
+
+def test_private(server: WritableHub, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", autoencoder())
+    push(folder, REPO, private=True)
+    assert server.repositories[REPO].private
+    push(folder, "someone/public")
+    assert not server.repositories["someone/public"].private
+    with pytest.raises(
+        DictlearnError, match=r"someone/public is there already and is public.*Nothing was committed"
+    ):
+        push(folder, "someone/public", private=True)
+
+
+def test_paths_of_this_computer_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = autoencoder(str(tmp_path))
+    made.metadata["data"] = {"files": ["/home/me/texts"], "name": "wikitext"}
+    push(write(tmp_path / "a", made), REPO, dry_run=True)
+    assert f"name paths of this computer: /home/me/texts, {tmp_path}" in caplog.text
+    out = capsys.readouterr().out
+    assert str(tmp_path) not in out
+    assert "base_model" not in out
+
+
+def test_a_dry_run_sends_nothing(server: WritableHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "a", autoencoder(), l0=5.0)
+    planned = push(folder, REPO, "x", dry_run=True)
+    assert not server.requests
+    out = capsys.readouterr().out
+    assert (planned.oid, planned.url, planned.refs) == (None, None, (f"{REPO}:x",))
+    pushed = push(folder, REPO, "x")
+    assert planned.sizes == pushed.sizes
+    listing, _, card = out.partition("\n\nREADME.md:\n\n")
+    printed = dict(line.removesuffix(" bytes").split() for line in listing.splitlines()[1:])
+    assert printed == {name: f"{size:,d}" for name, size in pushed.sizes.items()}
+    assert card.encode() == server.files(REPO)["README.md"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no user": ({"repo": "mine"}, "repo must be 'user/repository'.*got 'mine'"),
+    "path in repo": ({"repo": "a/b:c"}, "path and branch are given by themselves; got 'a/b:c'"),
+    "revision in repo": ({"repo": "a/b@c"}, "got 'a/b@c'"),
+    "not the Hub's": ({"repo": "a/b--c"}, "got 'a/b--c'"),
+    "up": ({"path": "a/../b"}, r"path must be a folder in the repository.*got 'a/\.\./b'"),
+    "absolute": ({"path": "/a"}, "path must be.*got '/a'"),
+    "hidden": ({"path": "a/.git"}, r"path must be.*got 'a/\.git'"),
+    "spaces": ({"path": "a b"}, "path must be.*got 'a b'"),
+    "branch": ({"branch": "a..b c"}, r"branch must be the name of a branch.*got 'a\.\.b c'"),
+    "no folder": ({"folder": "nowhere/here"}, "is a folder of a dictionary or of a run, got 'nowhere/here'"),
+    "no dictionary": ({"folder": "empty"}, "'empty' holds no dictionary"),
+    "odd name": ({"folder": "odd"}, r"named by letters.*got \['-a'\]"),
+    "broken": ({"folder": "broken"}, "sae_weights.safetensors is not a whole safetensors file"),
+    "not finite": ({"folder": "nan"}, "W_dec has values that are not finite"),
+    "other format": ({"folder": "other"}, r"other is not in the native format.*dictlearn\.hub\.save"),
+    "other report": ({"folder": "report"}, r"report\.json is of other weights than sae_weights\.safetensors"),
+    "cut report": ({"folder": "cut"}, r"report\.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_before_any_request(
+    server: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("good", "broken", "nan", "other", "report", "cut", "odd/dictionaries/-a"):
+        write(Path(name), autoencoder(), l0=1.0)
+    Path("empty").mkdir()
+    weights = "sae_weights.safetensors"
+    Path("broken", weights).write_bytes(Path("good", weights).read_bytes()[:-9])
+    tensors = load_file(Path("good", weights))
+    tensors["W_dec"][0, 0] = torch.nan
+    save_file(tensors, Path("nan", weights))
+    Path("other", weights).rename(Path("other", "sae.safetensors"))
+    Path("report", weights).write_bytes(Path("other", "sae.safetensors").read_bytes())
+    Path("cut", "report.json").write_text("{")
+    changed, message = REFUSED[case]
+    with pytest.raises(DictlearnError, match=message):
+        push(**{"folder": "good", "repo": REPO, **changed})
+    assert not server.requests
+
+
+ANSWERS = {
+    "create": (403, "Cannot publish to someone/mine on .*may not write there: it needs write access"),
+    "preupload": (403, "may not write there: it needs write access"),
+    "batch": (404, "there is no such repository or branch, or the token does not see it"),
+    "upload": (403, "may not write there"),
+    "verify": (422, "422"),
+    "yaml": (503, "Cannot publish"),
+    "commit": (412, "somebody else has committed to it meanwhile: push again"),
+}
+
+
+@pytest.mark.parametrize("step", ANSWERS)
+def test_answers_of_the_hub_that_end_it(server: WritableHub, tmp_path: Path, step: str) -> None:
+    status, message = ANSWERS[step]
+    server.refuses[step] = (status, "")
+    with pytest.raises(DictlearnError, match=f"{message}.*Nothing was committed"):
+        push(write(tmp_path / "a", autoencoder()), REPO, "a")
+    if step != "create":
+        assert server.repositories[REPO].revisions["main"] == FIRST_COMMIT
+
+
+def test_without_the_right_token(server: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a", autoencoder())
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    with pytest.raises(
+        DictlearnError, match="does not accept the token: log in with `hf auth login` or set HF_TOKEN"
+    ):
+        push(folder, REPO)
+    monkeypatch.delenv("HF_TOKEN")
+    server.requests.clear()
+    with pytest.raises(DictlearnError, match=r"needs a token of http.* that may write: log in with `hf auth login`"):
+        push(folder, REPO)
+    assert not server.requests
+    assert REPO not in server.repositories
+
+
+@pytest.mark.usefixtures("server")
+def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a", autoencoder())
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(DictlearnError, match=r"on http://127.0.0.1:1: .*refused.*Nothing was committed"):
+        push(folder, REPO)
+
+
+def test_a_connection_that_ends_while_weights_are_sent(server: WritableHub, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", autoencoder())
+    server.drops.add("upload")
+    with pytest.raises(DictlearnError, match=r"Cannot publish to someone/mine on http.*Nothing was committed"):
+        push(folder, REPO, "a")
+    assert set(server.files(REPO)) == {".gitattributes"}
+    assert not server.objects
+    server.drops.clear()
+    push(folder, REPO, "a")
+
+
+def test_a_connection_that_ends_while_the_commit_is_made(server: WritableHub, tmp_path: Path) -> None:
+    server.drops.add("commit")
+    with pytest.raises(DictlearnError, match=f"Whether it was committed: see {server.url}/{REPO}/commits/main"):
+        push(write(tmp_path / "a", autoencoder()), REPO)
+
+
+def test_somebody_else_commits_meanwhile(
+    server: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "a", autoencoder())
+    push(folder, REPO, "a")
+    revisions, others = server.revisions(REPO), "d" * 40
+    server.after["preupload"] = lambda: revisions.update({"main": others, others: others})
+    with pytest.raises(DictlearnError, match=r"somebody else has committed to it meanwhile.*Nothing was committed"):
+        push(folder, REPO, "b")
+    assert revisions["main"] == others
+
+
+def test_weights_that_are_damaged_on_the_way_are_noticed(server: WritableHub, tmp_path: Path) -> None:
+    made = autoencoder()
+    folder = write(tmp_path / "a", made)
+    server.damages = True
+    with pytest.raises(DictlearnError, match=f"now has the commit {server.url}/{REPO}/commit/.* not what was sent"):
+        push(folder, REPO, "a")
+    server.damages = False
+    server.objects.clear()
+    server.repositories[REPO].trees.clear()
+    assert_bit_equal(dictlearn.load(push(folder, REPO, "a").refs[0]), made)
+
+
+def test_a_manifest_that_is_none(server: WritableHub, tmp_path: Path) -> None:
+    files = {"manifest.jsonl": b'{"path": "a"}\n["b"]\n'}
+    server.repositories[REPO] = Repository(files, {"main": FIRST_COMMIT, FIRST_COMMIT: FIRST_COMMIT})
+    with pytest.raises(FormatError, match=r"manifest\.jsonl, line 2, is no JSON object with a path"):
+        push(write(tmp_path / "a", autoencoder()), REPO)
+    assert server.files(REPO) == files
+
+
+def test_the_command(
+    server: WritableHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(write(tmp_path / "a", autoencoder()))
+    main(["push", folder, REPO, "--path", "x", "--branch", "v1", "--private"])
+    oid = server.repositories[REPO].revisions["v1"]
+    assert capsys.readouterr().out == f"{server.url}/{REPO}/commit/{oid}\n{REPO}:x@{oid}\n"
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", folder, REPO, "--path", "/x"])
+    assert str(stopped.value).startswith("path must be a folder in the repository")
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", autoencoder())
+    nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "0"}
+    commands = [["push", "--help"], ["push", str(folder), REPO, "--dry-run"], ["push", str(tmp_path), REPO]]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dictlearn.hub", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=nowhere,
+        )
+        for command in commands
+    ]
+    (usage, _), (plan, _), (_, error) = (process.communicate() for process in running)
+    assert [process.returncode for process in running] == [0, 0, 1]
+    assert "--dry-run" in usage
+    assert "sae_weights.safetensors" in plan
+    assert error.count("\n") == 1, "one message and no traceback"
