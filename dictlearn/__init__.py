@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dictlearn.hub import list_dictionaries as list
     from dictlearn.hub import load
+    from dictlearn.hub.publish import push
     from dictlearn.splice import attach
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach", "load"]
+__all__ = ["__version__", "attach", "list", "load", "push"]
+
+_DOORS = {
+    "attach": ("dictlearn.splice", "attach"),
+    "list": ("dictlearn.hub", "list_dictionaries"),
+    "load": ("dictlearn.hub", "load"),
+    "push": ("dictlearn.hub.publish", "push"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the public doors on first use: `import dictlearn` alone does not import torch."""
-    if name == "attach":
-        from dictlearn.splice import attach
-
-        return attach
-    if name == "load":
-        from dictlearn.hub import load
-
-        return load
-    raise AttributeError(f"module 'dictlearn' has no attribute {name!r}")
+    if name not in _DOORS:
+        raise AttributeError(f"module 'dictlearn' has no attribute {name!r}")
+    module, door = _DOORS[name]
+    return getattr(import_module(module), door)

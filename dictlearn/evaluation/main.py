@@ -22,7 +22,8 @@ from dictlearn.evaluation.build import build_blocks
 from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext, width_problems
 from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.evaluation.run import Results
-from dictlearn.hub import find, load
+from dictlearn.hub import locate
+from dictlearn.hub.places import Place
 from dictlearn.lm import find_device, load_lm, resolve, skeleton
 from dictlearn.lm.sites import site_width
 from dictlearn.types import DictlearnError
@@ -34,7 +35,7 @@ OF_TRAINING = ("block_rows", "n_slices", "lm_batch_rows")  # how a text is shuff
 class _Plan(NamedTuple):
     """What will be evaluated, everything checked that can be without the LM's weights."""
 
-    folders: dict[str, Path]
+    places: dict[str, Place]
     dictionaries: dict[str, Dictionary]
     lm: tuple[str, str | None, str | None] | None  # name, revision, dtype; None: that of the text, which is none
     text: RowData
@@ -62,13 +63,13 @@ def run_evaluation(cfg: DictConfig, console: Console) -> Results:
         mask=rows.mask,
         data=rows.info,
         batch_rows=cfg.evaluation.batch_rows,
-        weight_files={name: next(folder.glob("*.safetensors")) for name, folder in plan.folders.items()},
+        weight_files={name: place.weights for name, place in plan.places.items()},
         max_norm_ratio=plan.text.max_norm_ratio,
         warnings={name: _other_lm(d, lm.name) for name, d in plan.dictionaries.items()},
     )
     out = Path(cfg.out)
     return evaluate_and_show(
-        context, plan.blocks, {name: out / name for name in plan.folders}, out / "plots", console
+        context, plan.blocks, {name: out / name for name in plan.places}, out / "plots", console
     )
 
 
@@ -88,8 +89,8 @@ def _plan(cfg: DictConfig) -> _Plan:
     found = _value_problems(cfg)
     if absent := missing(cfg):
         raise ConfigError(absent + found)
-    folders = None if _load_problem(cfg.load) else collect(found, lambda: _find(cfg.load))
-    dictionaries = None if folders is None else collect(found, lambda: {n: _one(f) for n, f in folders.items()})
+    places = None if _load_problem(cfg.load) else collect(found, lambda: _locate(cfg.load))
+    dictionaries = None if places is None else collect(found, lambda: {n: p.read() for n, p in places.items()})
     blocks = collect(found, lambda: build_blocks(cfg.evaluation))
     if dictionaries is None:
         raise ConfigError(found)
@@ -105,9 +106,9 @@ def _plan(cfg: DictConfig) -> _Plan:
         found += _site_problems(model, lm[0] if lm else NAME, dictionaries)
     if text is not None:
         found += text.problems(getattr(model and model.config.get_text_config(), "max_position_embeddings", None))
-    if found or folders is None or text is None or blocks is None:
+    if found or places is None or text is None or blocks is None:
         raise ConfigError(found)
-    return _Plan(folders, dictionaries, lm, text, blocks)
+    return _Plan(places, dictionaries, lm, text, blocks)
 
 
 def _value_problems(cfg: DictConfig) -> list[str]:
@@ -126,7 +127,10 @@ def _load_problem(refs: Any) -> str | None:
     listed = list(refs) if isinstance(refs, ListConfig) else [refs]
     if listed and all(isinstance(ref, str) and ref for ref in listed):
         return None
-    return f"load must be a dictionary folder, a run folder, a quoted glob, or a list [a,b] of them, got {refs!r}"
+    return (
+        "load must be a dictionary folder, a run folder, a quoted glob, user/repository:path on the Hub, "
+        f"release/id, or a list [a,b] of them, got {refs!r}"
+    )
 
 
 def _out_problem(out: Any) -> str | None:
@@ -142,8 +146,8 @@ def _out_problem(out: Any) -> str | None:
     return None
 
 
-def _find(refs: str | ListConfig) -> dict[str, Path]:
-    return find(refs if isinstance(refs, str) else list(refs))
+def _locate(refs: str | ListConfig) -> dict[str, Place]:
+    return locate(refs if isinstance(refs, str) else list(refs))
 
 
 def _other_lm(dictionary: Dictionary, lm_name: str) -> list[str]:
@@ -167,12 +171,6 @@ def _site_problems(model: PreTrainedModel, lm_name: str, dictionaries: Mapping[s
             if width is not None:
                 widths[site_name] = width
     return problems + width_problems(dictionaries, widths, lm_name)
-
-
-def _one(folder: Path) -> Dictionary:
-    dictionary = load(folder)
-    assert isinstance(dictionary, Dictionary)  # find() lists folders of one dictionary each
-    return dictionary
 
 
 def _differing(records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,5 +1,5 @@
-"""Dictionaries on disk: one codec file per format, and the doors `load` and `find`."""
+"""Dictionaries on disk and on the Hub: one codec file per format, and the doors `load`, `list` and `save`."""
 
-from dictlearn.hub.load import find, load, save
+from dictlearn.hub.load import list_dictionaries, load, locate, save
 
-__all__ = ["find", "load", "save"]
+__all__ = ["list_dictionaries", "load", "locate", "save"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,19 +36,25 @@ class Files:
     """What is in a folder: `names` are relative to it, with '/'; `path` gives the local file of a name.
 
     `where` stands for the folder in messages. `source` says what it is: {"repo", "revision"} of the Hub (the
-    commit), {} of a local folder.
+    commit), {} of a local folder. `used` are the names asked for so far.
     """
 
     where: str
     names: tuple[str, ...]
     fetch: Callable[[str], Path] = field(repr=False)
     source: Mapping[str, Any] = field(default_factory=dict)
+    used: dict[str, None] = field(default_factory=dict)  # an ordered set
 
     def path(self, name: str) -> Path:
         """The local file, downloaded if need be. Raises DictlearnError where there is none of this name."""
         if name not in self.names:
             raise DictlearnError(f"{self.where} has no file {name!r}.")
+        self.used[name] = None
         return self.fetch(name)
+
+    def anew(self) -> Files:
+        """The same files, of which none has been asked for."""
+        return replace(self, used={})
 
     def place(self, name: str) -> str:
         """`name` in messages."""

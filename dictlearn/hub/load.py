@@ -3,68 +3,91 @@
 from __future__ import annotations
 
 import glob
-import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from dictlearn.dictionaries import Dictionary
-from dictlearn.hub.codecs.base import Codec, WritingCodec
-from dictlearn.hub.files import Files, hub_files, local_files
-from dictlearn.hub.refs import parse
-from dictlearn.registry import kinds, lookup
-from dictlearn.types import DictlearnError, FormatError
+import torch
 
-CODECS = "dictlearn.hub.codecs"
+from dictlearn.dictionaries import Dictionary
+from dictlearn.hub.codecs.base import WritingCodec
+from dictlearn.hub.files import hub_files, local_files
+from dictlearn.hub.places import CODECS, NATIVE, Place, is_pattern, places, places_at
+from dictlearn.hub.refs import HubRef, parse
+from dictlearn.hub.releases import RELEASES, place_of, published_l0, split_alias
+from dictlearn.registry import lookup
+from dictlearn.types import DictlearnError
+
 CHOICES = (
     "give a folder with cfg.json and weights, a run folder with dictionaries/*/cfg.json, or a quoted glob of either"
 )
-MOST_NAMED = 20  # places in a message
 
 
-def load(ref: str | Path) -> Dictionary | dict[str, Dictionary]:
-    """The dictionary in the folder `ref`; of a run folder (or a glob), all of them by name.
+def load(
+    ref: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Dictionary | dict[str, Dictionary]:
+    """The dictionary that `ref` names, frozen, for inference; where it names several, all of them by name.
 
-    `ref` may be on the Hub: `user/repository:path/in/it@revision`, of which only the files needed are downloaded.
+    Args:
+        ref: a folder or file on disk; a run folder, or a glob of folders, for all dictionaries there;
+            `user/repository:path/in/it@revision` on the Hub, of which only the files needed are downloaded (a path
+            with a `*` is for all that match); or `release/id`, such as `gpt2-small-res-jb/8`.
+        device, dtype: of the weights; what they are computed from is float32.
+
+    `reads` and `writes` are its sites. `metadata` has what the files say: `lm_name` (the Hub's id), `lm_revision`,
+    `modules` (of the sites, below the base model), `ctx`, `prepend_bos`, `published_l0` and `source` (repository or
+    folder, path, revision, format, original configuration).
 
     Raises DictlearnError if there is nothing to load, FormatError if files are of no known format.
     """
-    path = _path(ref)
-    if not path.exists() and _on_the_hub(str(ref)):
-        hub_ref = parse(str(ref))
-        files = hub_files(hub_ref)
-        return _read(files, _one_place(files, hub_ref.path))
-    if path.is_file() and path.name in _places(files := local_files(path.parent)):
-        return _read(files, path.name)
-    if path.is_dir() and not (path / "dictionaries").is_dir():
-        files = local_files(path)
-        if _places(files) or (path / "cfg.json").exists():
-            return _read(files, _one_place(files, ""))
-    return {name: _read(local_files(folder), "") for name, folder in find(path).items()}
+    if not dtype.is_floating_point:
+        raise DictlearnError(f"dtype must be a floating type such as torch.bfloat16, got {dtype}.")
+    found = _places(_path(ref))
+    if isinstance(found, Place):
+        return found.read().to(device=device, dtype=dtype)
+    return {name: place.read().to(device=device, dtype=dtype) for name, place in _named(found).items()}
 
 
-def find(refs: str | Path | Sequence[str | Path]) -> dict[str, Path]:
-    """Dictionary folders by name: `refs` are dictionary folders, run folders, or globs of either.
+def locate(refs: str | Path | Sequence[str | Path]) -> dict[str, Place]:
+    """The dictionaries that references name, not read yet, by names that are unique among them.
 
-    A name is the folder's; where two are equal, each is preceded by the folder of its run.
-    Raises DictlearnError for a ref that holds no dictionary, and where two dictionaries would have one name.
+    Raises DictlearnError for a reference that names none, and where two dictionaries would have one name.
     """
     several = [refs] if isinstance(refs, str | Path) or not isinstance(refs, Sequence) else refs
     if not several:
         raise DictlearnError(f"The list of dictionaries to find is empty: {CHOICES}.")
-    folders: list[Path] = []
+    found: list[Place] = []
     for ref in several:
-        folders += [folder for folder in _expand(_path(ref)) if folder not in folders]
-    names = [folder.name for folder in folders]
-    unique = {f: f.name if names.count(f.name) == 1 else f"{_run_name(f)}_{f.name}" for f in folders}
-    if len(set(unique.values())) < len(folders):
-        raise DictlearnError(f"Two dictionaries would have the same name: {sorted(map(str, folders))}.")
-    return {name: folder for folder, name in unique.items()}
+        own = _places(_path(ref))
+        found += [place for place in ([own] if isinstance(own, Place) else own) if place not in found]
+    return _named(found)
+
+
+def list_dictionaries(ref: str | Path) -> list[str]:
+    """References to the dictionaries in a repository of the Hub, of a release, or below a folder, by file names.
+
+    Raises DictlearnError where it does not exist or holds none.
+    """
+    path = _path(ref)
+    if path.is_dir():
+        named = [str(path / place) for place in places(local_files(path))]
+    else:
+        name, _, below = str(ref).partition("/")
+        hub_ref = HubRef(RELEASES[name].repo, below) if name in RELEASES else parse(str(ref))
+        named = [
+            str(HubRef(hub_ref.repo, place, hub_ref.revision))
+            for place in places(hub_files(hub_ref))
+            if f"{place}/".startswith(f"{hub_ref.path}/" if hub_ref.path else "")
+        ]
+    if not named:
+        raise DictlearnError(f"{str(ref)!r} holds no dictionary of a known format.")
+    return named
 
 
 def save(dictionary: Dictionary, folder: str | Path) -> None:
     """Write an inference dictionary in the native format."""
-    cast(WritingCodec, lookup(CODECS, "native")()).write(dictionary, Path(folder))
+    cast(WritingCodec, lookup(CODECS, NATIVE)()).write(dictionary, Path(folder))
 
 
 def _path(ref: object) -> Path:
@@ -75,16 +98,37 @@ def _path(ref: object) -> Path:
     return Path(ref)
 
 
-def _on_the_hub(ref: str) -> bool:
-    """Whether `ref`, which is nothing on disk, can be a place on the Hub."""
+def _places(ref: Path) -> Place | list[Place]:
+    """What a reference names: a dictionary, or a list of them where it is a run folder or a pattern."""
+    if not ref.exists() and (found := _on_the_hub(str(ref))) is not None:
+        return found
+    if ref.is_file() and ref.name in places(files := local_files(ref.parent)):
+        return Place(files, ref.name)
+    if ref.is_dir() and not (ref / "dictionaries").is_dir():
+        files = local_files(ref)
+        if places(files) or (ref / "cfg.json").exists():
+            return Place(files, places_at(files, "")[0])
+    return [Place(local_files(folder), "") for folder in _folders(ref)]
+
+
+def _on_the_hub(ref: str) -> Place | list[Place] | None:
+    """None for what can be no place on the Hub."""
+    if alias := split_alias(ref):
+        release, given = alias
+        files = hub_files(HubRef(RELEASES[release].repo))
+        path = place_of(release, given, places(files))
+        return Place(files, path, published_l0(release, given, path))
     try:
-        parse(ref)
+        hub_ref = parse(ref)
     except DictlearnError:
-        return False
-    return True
+        return None
+    files = hub_files(hub_ref)
+    found = [Place(files.anew(), path) for path in places_at(files, hub_ref.path)]
+    return found if is_pattern(hub_ref.path) else found[0]
 
 
-def _expand(ref: Path) -> list[Path]:
+def _folders(ref: Path) -> list[Path]:
+    """Folders of dictionaries: of a run folder, or of a glob of either."""
     if ref.is_file():
         raise DictlearnError(f"{str(ref)!r} is a file, and a dictionary is a folder of files: {CHOICES}.")
     paths = [ref] if ref.exists() else [Path(path) for path in sorted(glob.glob(str(ref)))]  # noqa: PTH207
@@ -97,57 +141,19 @@ def _expand(ref: Path) -> list[Path]:
     if not folders:
         found = "holds no dictionary" if paths else "does not exist, so it holds no dictionary"
         raise DictlearnError(f"{str(ref)!r} {found}: {CHOICES}.")
-    return folders
+    return list(dict.fromkeys(folders))
 
 
-def _run_name(folder: Path) -> str:
-    return (folder.parent.parent if folder.parent.name == "dictionaries" else folder.parent).name
+def _named(found: Sequence[Place]) -> dict[str, Place]:
+    """By name; where two are equal, each is preceded by the name of its run or repository."""
+    counts = Counter(place.name for place in found)
+    named = {place.name if counts[place.name] == 1 else place.long_name: place for place in found}
+    if len(named) < len(found):
+        listed = sorted(place.files.place(place.path) for place in found)
+        raise DictlearnError(f"Two dictionaries would have the same name: {listed}.")
+    return named
 
 
-def _codecs() -> dict[str, Codec]:
-    return {kind: cast(Codec, lookup(CODECS, kind)()) for kind in kinds(CODECS)}
-
-
-def _places(files: Files) -> list[str]:
-    """Where dictionaries are, as far as the names of the files tell."""
-    return sorted({place for codec in _codecs().values() for place in codec.find(files.names)})
-
-
-def _one_place(files: Files, path: str) -> str:
-    """`path`, or the only place of a dictionary below it."""
-    if not files.has(path):
-        raise DictlearnError(f"{files.where} has no {path!r}; it has {_some(files.names)}.")
-    found = _places(files)
-    below = [place for place in found if path == "" or place.startswith(f"{path}/")]
-    if path in found or not below:
-        return path
-    if len(below) > 1:
-        raise DictlearnError(
-            f"{files.where} holds {len(below)} dictionaries{f' in {path}' if path else ''}: name the path of one, "
-            f"{_some(below)}."
-        )
-    return below[0]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
-
-
-def _read(files: Files, place: str) -> Dictionary:
-    codecs = _codecs()
-    matching = [
-        k for k, codec in codecs.items() if place in codec.find(files.names) and codec.matches(files, place)
-    ]
-    if len(matching) != 1:
-        inside = [name for name in files.names if posixpath.dirname(name) == place or name == place]
-        looked_for = "; ".join(f"{kind}: {codec.layout}" for kind, codec in codecs.items())
-        found = f"it is {' and '.join(matching)}" if matching else "it is none"
-        raise FormatError(
-            f"{files.place(place) if place else files.where} must be of exactly one known format; {found}. Looked "
-            f"for: {looked_for}. Files: {_some(inside)}."
-        )
-    dictionary = codecs[matching[0]].read(files, place)
-    if files.source:
-        dictionary.metadata = {**dictionary.metadata, "source": {**files.source, "path": place}}
-    return dictionary
+def find(refs: str | Path | Sequence[str | Path]) -> dict[str, Path]:
+    """The folders of dictionaries on disk, by name."""
+    return {name: Path(place.files.where) / place.path for name, place in locate(refs).items()}

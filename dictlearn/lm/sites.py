@@ -196,6 +196,13 @@ def is_attention_output(model: PreTrainedModel, site: Site) -> bool:
     return re.sub(r"\.\d+\.", ".{}.", below) in paths
 
 
+def module_path(family: Family, name: str) -> str | None:
+    """The module path, below the base model, of a readable name in models of this family; None for other names."""
+    kind, _, layer = name.partition(".")
+    path = family.paths.get(kind)
+    return path.format(layer) if path is not None and (layer.isdigit() or kind == "embed") else None
+
+
 def file_name(site_name: str) -> str:
     """`site_name` in the letters A-Z a-z 0-9 _ . - ("a.b:in" -> "a.b-in")."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", site_name)

@@ -117,7 +117,8 @@ def check(folder: Path, kind: str, tensors: dict[str, Tensor]) -> Dictionary:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rule(tmp_path: Path, kind: str) -> None:
     loaded = check(tmp_path, kind, write(tmp_path, kind))
-    assert (loaded.reads, loaded.metadata) == (("resid_post.4",), {"lm_name": "org/lm", "ctx": 128})
+    assert loaded.reads == ("resid_post.4",)
+    assert loaded.metadata.items() >= {"lm_name": "org/lm", "ctx": 128}.items()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""The doors `load` and `find`: what they open, and what they say of refs they cannot."""
+"""The doors `load` and `locate`: what they open, and what they say of refs they cannot."""
 
 import inspect
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import pytest
 
 import dictlearn
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.hub import find, load, save
+from dictlearn.hub import load, locate, save
 from dictlearn.types import DictlearnError, FormatError
 
 # Without the tests' type checker, which would refuse these values before the door does.
-DOORS: dict[str, Callable[[Any], Any]] = {"load": inspect.unwrap(load), "find": inspect.unwrap(find)}
+DOORS: dict[str, Callable[[Any], Any]] = {"load": inspect.unwrap(load), "locate": inspect.unwrap(locate)}
 CHOICES = "give a folder with cfg.json and weights, a run folder with dictionaries/.*, or a quoted glob of either"
 
 
@@ -24,14 +24,14 @@ def test_run_folders_globs_and_lists(tmp_path: Path) -> None:
     loaded = dictlearn.load(tmp_path / "one")
     assert isinstance(loaded, dict)
     assert sorted(loaded) == ["mlp_out.2", "resid_post.2"]
-    assert sorted(find(str(tmp_path / "*"))) == [
+    assert sorted(locate(str(tmp_path / "*"))) == [
         "one_mlp_out.2",
         "one_resid_post.2",
         "two_mlp_out.2",
         "two_resid_post.2",
     ]
     listed = [tmp_path / "one/dictionaries/mlp_out.2", tmp_path / "two/dictionaries/resid_post.2"]
-    assert list(find(listed)) == ["mlp_out.2", "resid_post.2"]
+    assert list(locate(listed)) == ["mlp_out.2", "resid_post.2"]
 
 
 def test_a_folder_of_no_known_format(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_lists_with_something_wrong(
     save(Linear.tiny().for_inference(), tmp_path / "one")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DictlearnError, match=f"{message}.*{CHOICES}"):
-        DOORS["find"](refs)
+        DOORS["locate"](refs)
 
 
 def test_load_takes_one_ref() -> None:
@@ -98,7 +98,7 @@ def test_two_dictionaries_of_one_name_are_refused(tmp_path: Path) -> None:
     for above in ("a", "b"):
         save(Linear.tiny().for_inference(), tmp_path / above / "run" / "dictionaries" / "x")
     with pytest.raises(DictlearnError, match="Two dictionaries would have the same name"):
-        find(str(tmp_path / "*" / "run"))
+        locate(str(tmp_path / "*" / "run"))
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""Where dictionaries are among files, and what is read there, whatever the format."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from dictlearn.dictionaries import Dictionary
+from dictlearn.hub.codecs.base import Codec
+from dictlearn.hub.files import Files
+from dictlearn.hub.origin import hf_id, modules_of
+from dictlearn.registry import kinds, lookup
+from dictlearn.types import DictlearnError, FormatError
+
+CODECS = "dictlearn.hub.codecs"
+NATIVE = "native"
+MOST_NAMED = 20  # places in a message
+MOST_BYTES = 1_000_000  # of a configuration that is kept with the dictionary
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dictionary among files: `path` is the name of its folder ("" for the first one) or of its file."""
+
+    files: Files
+    path: str
+    published_l0: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For folders and tables: that of its folder on disk, its path in a repository."""
+        repo = self.files.source.get("repo")
+        return _letters((self.path or repo.partition("/")[2]) if repo else self._on_disk.name)
+
+    @property
+    def long_name(self) -> str:
+        """With the name of its run or repository before it."""
+        if repo := self.files.source.get("repo"):
+            return _letters(f"{repo}_{self.path}")
+        above = self._on_disk.parent
+        return f"{(above.parent if above.name == 'dictionaries' else above).name}_{self.name}"
+
+    @property
+    def _on_disk(self) -> Path:
+        return Path(self.files.where).resolve() / self.path
+
+    @property
+    def weights(self) -> Path:
+        """The largest of the files that were needed to read the dictionary."""
+        return max((self.files.path(name) for name in self.files.used), key=lambda path: path.stat().st_size)
+
+    def read(self) -> Dictionary:
+        """The dictionary, frozen, with its origin in `metadata`.
+
+        Raises FormatError where the files are of no known format, of several, or not as their format has them.
+        """
+        self.files.used.clear()
+        kind = self._format()
+        dictionary = _codecs()[kind].read(self.files, self.path)
+        if kind != NATIVE or self.files.source:
+            dictionary.metadata = {**dictionary.metadata, **self._origin(kind, dictionary)}
+        return dictionary
+
+    def _origin(self, kind: str, dictionary: Dictionary) -> dict[str, Any]:
+        """The language model's id, the modules of the sites, the L0 published, and the source."""
+        lm = hf_id(dictionary.metadata.get("lm_name"))
+        modules = modules_of(lm, (*dictionary.reads, *dictionary.writes))
+        l0 = {} if self.published_l0 is None else {"published_l0": self.published_l0}
+        return {"lm_name": lm, "modules": modules, **l0, "source": self._source(kind)}
+
+    def _format(self) -> str:
+        codecs = _codecs()
+        found = [
+            kind
+            for kind, codec in codecs.items()
+            if self.path in codec.find(self.files.names) and codec.matches(self.files, self.path)
+        ]
+        if len(found) == 1:
+            return found[0]
+        inside = [name for name in self.files.names if self.path in (posixpath.dirname(name), name)]
+        looked_for = "; ".join(f"{kind}: {codec.layout}" for kind, codec in codecs.items())
+        raise FormatError(
+            f"{self.files.place(self.path) if self.path else self.files.where} must be of exactly one known "
+            f"format; it is {' and '.join(found) or 'none'}. Looked for: {looked_for}. Files: {some(inside)}."
+        )
+
+    def _source(self, kind: str) -> dict[str, Any]:
+        """Repository and revision, or the folder; the path in it, the format, and the configurations read."""
+        configs = {name: content for name in self.files.used if (content := _config(self.files.path(name)))}
+        where = self.files.source or {"folder": self.files.where}
+        return {**where, "path": self.path, "format": kind, "config": configs}
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path in a repository stands for all places that match it."""
+    return "*" in path or "?" in path
+
+
+def places(files: Files) -> list[str]:
+    """Where dictionaries are, as far as the names of the files tell."""
+    return sorted({place for codec in _codecs().values() for place in codec.find(files.names)})
+
+
+def places_at(files: Files, path: str) -> list[str]:
+    """`path` itself, the only place of a dictionary below it, or all that match where it has a `*` or `?`.
+
+    Raises DictlearnError where there is nothing, or more than one without a pattern.
+    """
+    found = places(files)
+    if is_pattern(path):
+        pattern = path.replace("[", "[[]")
+        if matching := [place for place in found if fnmatch.fnmatchcase(place, pattern)]:
+            return matching
+        raise DictlearnError(f"{files.where} has no dictionary {path!r}; it has {some(found)}.")
+    if not files.has(path):
+        raise DictlearnError(f"{files.where} has no {path!r}; it has {some(found or files.names)}.")
+    below = [place for place in found if path == "" or place.startswith(f"{path}/")]
+    if path in found or not below:
+        return [path]
+    if len(below) > 1:
+        raise DictlearnError(
+            f"{files.where} holds {len(below)} dictionaries{f' in {path}' if path else ''}: name the path of one, "
+            f"or several with a '*'; {some(below)}."
+        )
+    return below
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _letters(name: str) -> str:
+    """In the letters A-Z a-z 0-9 _ . -"""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+
+
+def _codecs() -> dict[str, Codec]:
+    return {kind: cast(Codec, lookup(CODECS, kind)()) for kind in kinds(CODECS)}
+
+
+def _config(path: Path) -> Mapping[str, Any] | None:
+    """A configuration of plain JSON values; None for other files."""
+    if path.suffix not in (".json", ".yaml") or path.stat().st_size > MOST_BYTES:
+        return None
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    return json.loads(json.dumps(read(path.read_text(encoding="utf-8")), default=str))
