@@ -191,9 +191,10 @@ def _compare(ref: HubRef, sent: _Checked, made: CommitInfo) -> None:
         if isinstance(cached := try_to_load_from_cache(ref.repo, name, revision=ref.revision), str):
             Path(cached).resolve().unlink(missing_ok=True)
             Path(cached).unlink(missing_ok=True)
+    place = ref.path or "the dictionary"
     raise DictlearnError(
-        f"{ref.repo} now has the commit {made.commit_url}, but {ref.path or 'the dictionary'} in it is not what was "
-        f"sent: {problem} Push again, or go back to the commit before."
+        f"{ref.repo} now has the commit {made.commit_url}, but {place} in it is not what was sent: {problem} Push "
+        "again, or go back to the commit before."
     )
 
 

@@ -14,12 +14,13 @@ from tests.hub.server import Damaged, Handler, Hub, Repository
 
 TOKEN = "hf_may_write"
 FIRST_COMMIT = "c" * 40
-LFS = (".safetensors",)
+LFS = ".safetensors"
+Answer = tuple[int, dict[str, Any]]
 NAME = r"([^/]+/[^/]+)"
 
 
 class WritableHub(Hub):
-    """`refuses`: (status, X-Error-Code) by step; `drops`: steps whose connection ends, "upload" half-way through
+    """`refuses`: the status by step; `drops`: steps whose connection ends, "upload" half-way through
     the content, others when the work is done. `damages`: content is stored with one bit changed. `after`: what
     happens when a step is done.
 
@@ -29,7 +30,7 @@ class WritableHub(Hub):
     def __init__(self, repositories: Mapping[str, Repository] | None = None) -> None:
         super().__init__(repositories or {}, WritingHandler)
         self.objects: dict[str, bytes] = {}  # by sha256
-        self.refuses: dict[str, tuple[int, str]] = {}
+        self.refuses: dict[str, int] = {}
         self.drops: set[str] = set()
         self.damages = False
         self.after: dict[str, Callable[[], None]] = {}
@@ -53,7 +54,7 @@ class WritingHandler(Handler):
     def work(self) -> None:
         hub, path = self.hub, unquote(self.path.partition("?")[0])
         hub.requests.append(f"{self.command} {path}")
-        steps: dict[str, tuple[str, Callable[..., dict[str, Any] | tuple[int, str]]]] = {
+        steps: dict[str, tuple[str, Callable[..., Answer]]] = {
             "create": ("/api/repos/create", self.create),
             "yaml": ("/api/validate-yaml", self.validate),
             "branch": (f"/api/models/{NAME}/branch/(.+)", self.branch),
@@ -70,14 +71,13 @@ class WritingHandler(Handler):
             return
         content = self.content()
         may = self.headers.get("Authorization") == f"Bearer {TOKEN}" or step in ("upload", "verify")
-        answer = hub.refuses.get(step) or (steps[step][1](*found.groups(), content) if may else (401, ""))
+        refused = hub.refuses.get(step) or (None if may else 401)
+        status, said = (refused, {}) if refused else steps[step][1](*found.groups(), content)
         hub.after.get(step, lambda: None)()
         if step in hub.drops:
             self.close_connection = True
-        elif isinstance(answer, tuple):
-            self.refuse(*answer)
-        else:
-            self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), True)
+            return
+        self.send(status, {"Content-Type": "application/json"}, json.dumps(said).encode(), True)
 
     @property
     def hub(self) -> WritableHub:
@@ -93,36 +93,36 @@ class WritingHandler(Handler):
             self.rfile.readline()
         return b"".join(chunks)
 
-    def create(self, content: bytes) -> dict[str, Any] | tuple[int, str]:
+    def create(self, content: bytes) -> Answer:
         asked = json.loads(content)
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.hub.repositories:
-            return 409, "RepoExists"
+            return 409, {"url": f"{self.hub.url}/{name}"}
         revisions = {"main": FIRST_COMMIT, FIRST_COMMIT: FIRST_COMMIT}
         private = asked.get("visibility") == "private"
         self.hub.repositories[name] = Repository({".gitattributes": b""}, revisions, private=private)
-        return {"url": f"{self.hub.url}/{name}"}
+        return 200, {"url": f"{self.hub.url}/{name}"}
 
-    def validate(self, content: bytes) -> dict[str, Any]:
+    def validate(self, content: bytes) -> Answer:
         assert json.loads(content)["content"].startswith("---\n")
-        return {"errors": [], "warnings": []}
+        return 200, {"errors": [], "warnings": []}
 
-    def branch(self, repo: str, branch: str, content: bytes) -> dict[str, Any] | tuple[int, str]:
+    def branch(self, repo: str, branch: str, content: bytes) -> Answer:
         revisions = self.hub.revisions(repo)
         if branch in revisions:
-            return 409, "RefExists"
+            return 409, {}
         revisions[branch] = revisions["main"]
-        return {}
+        return 200, {}
 
-    def preupload(self, repo: str, branch: str, content: bytes) -> dict[str, Any]:
+    def preupload(self, repo: str, branch: str, content: bytes) -> Answer:
         held = self.hub.files(repo, branch)
         files = [
             {"path": p, "uploadMode": mode(p), "shouldIgnore": False, "oid": oid(p, held[p]) if p in held else None}
             for p in (file["path"] for file in json.loads(content)["files"])
         ]
-        return {"files": files}
+        return 200, {"files": files}
 
-    def batch(self, repo: str, content: bytes) -> dict[str, Any]:
+    def batch(self, repo: str, content: bytes) -> Answer:
         asked = json.loads(content)
         assert asked["operation"] == "upload"
         objects: list[dict[str, Any]] = []
@@ -133,28 +133,28 @@ class WritingHandler(Handler):
                 "verify": {"href": f"{self.hub.url}/verify"},
             }
             objects.append(known if item["oid"] in self.hub.objects else known | {"actions": actions})
-        return {"transfer": "basic", "objects": objects}
+        return 200, {"transfer": "basic", "objects": objects}
 
-    def upload(self, sha256: str, content: bytes) -> dict[str, Any] | tuple[int, str]:
+    def upload(self, sha256: str, content: bytes) -> Answer:
         if hashlib.sha256(content).hexdigest() != sha256:
-            return 400, "BadDigest"
+            return 400, {}
         if self.hub.damages:
             content = Damaged(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])  # the last number's last bit
             content.announced = sha256
         self.hub.objects[sha256] = content
-        return {}
+        return 200, {}
 
-    def verify(self, content: bytes) -> dict[str, Any] | tuple[int, str]:
+    def verify(self, content: bytes) -> Answer:
         asked = json.loads(content)
         stored = self.hub.objects.get(asked["oid"], b"")
-        return {} if len(stored) == asked["size"] else (422, "Incomplete")
+        return (200 if len(stored) == asked["size"] else 422), {}
 
-    def commit(self, repo: str, branch: str, content: bytes) -> dict[str, Any] | tuple[int, str]:
+    def commit(self, repo: str, branch: str, content: bytes) -> Answer:
         items = [json.loads(line) for line in content.splitlines()]
         assert items[0]["key"] == "header"
         revisions = self.hub.revisions(repo)
         if items[0]["value"].get("parentCommit", revisions[branch]) != revisions[branch]:
-            return 412, ""
+            return 412, {}
         tree = dict(self.hub.files(repo, branch))
         for item in items[1:]:
             value = item["value"]
@@ -168,7 +168,7 @@ class WritingHandler(Handler):
         made = hashlib.sha1(content).hexdigest()
         self.hub.repositories[repo].trees[made] = tree
         revisions |= {branch: made, made: made}
-        return {"commitUrl": f"{self.hub.url}/{repo}/commit/{made}", "commitOid": made}
+        return 200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{made}", "commitOid": made}
 
 
 def mode(path: str) -> str:
