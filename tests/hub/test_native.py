@@ -238,6 +238,49 @@ def test_a_jump_relu_of_sae_lens_is_read_by_its_rule(tmp_path: Path) -> None:
     assert loaded.sparsifier.kind == "jump_relu"
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gated_one_of_sae_lens_is_read_by_its_rule(tmp_path: Path, bias: bool) -> None:
+    """Its latents are those of a JumpReLU."""
+    foreign(tmp_path, architecture="gated", rescale_acts_by_decoder_norm=False, apply_b_dec_to_input=bias)
+    gates = {name: torch.randn(16) for name in ("b_gate", "r_mag", "b_mag")}
+    change_weights(tmp_path, b_enc=None, **gates)
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    w = {name: tensor.double() for name, tensor in load_file(tmp_path / "sae_weights.safetensors").items()}
+    x = torch.randn(300, 6)
+    products = (x.double() - w["b_dec"] * bias) @ w["W_enc"]
+    latents = ((products + w["b_gate"]) > 0) * (products * w["r_mag"].exp() + w["b_mag"]).relu()
+    torch.testing.assert_close(loaded.encode(x).double(), latents, rtol=1e-4, atol=1e-4)
+    recon = latents @ w["W_dec"] + w["b_dec"]
+    torch.testing.assert_close(loaded(x).recon.double(), recon, rtol=1e-4, atol=1e-4)
+    assert loaded.sparsifier.kind == "jump_relu"
+
+
+def test_latents_rescaled_by_a_decoder_norm_of_zero(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    rows = load_file(tmp_path / "sae_weights.safetensors")["W_dec"]
+    rows[3] = 0.0
+    change_weights(tmp_path, W_dec=rows)
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    assert not loaded.encode(torch.randn(50, 6))[:, 3].any()
+
+
+def test_centred_activations_of_sae_lens(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    kwargs = {"center_writing_weights": True}
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    change_cfg(tmp_path, metadata=cfg["metadata"] | {"model_from_pretrained_kwargs": kwargs})
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    x = torch.randn(40, 6) + 3
+    mean = x.double().mean(-1, keepdim=True)
+    latents, recon = sae_lens_rule(tmp_path, x - mean)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x).recon.double(), recon + mean, rtol=1e-4, atol=1e-4)
+    assert loaded.metadata["centred"] is True
+
+
 def change_cfg(folder: Path, **changes: Any) -> None:
     cfg = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(cfg | changes))
@@ -279,8 +322,34 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         "must be one of none, layer_norm, .*got 'expected_average_only_in'",
     ),
     "a layer-normed transcoder": (
-        lambda f: change_cfg(f, normalize_activations="layer_norm", architecture="transcoder", d_out=6),
+        lambda f: change_cfg(
+            f, normalize_activations="layer_norm", architecture="transcoder", d_out=6, apply_b_dec_to_input=False
+        ),
         "needs an autoencoder of one site",
+    ),
+    "a transcoder with a bias on its input": (
+        lambda f: change_cfg(f, architecture="transcoder", d_out=6),
+        "apply_b_dec_to_input must be false in a transcoder, got true",
+    ),
+    "latents that depend on other tokens": (
+        lambda f: change_cfg(f, architecture="temporal"),
+        "architecture=temporal is not supported because",
+    ),
+    "no encoder": (
+        lambda f: change_cfg(f, architecture="matching_pursuit"),
+        "architecture=matching_pursuit is not supported because",
+    ),
+    "a checkpoint": (
+        lambda f: change_cfg(f, architecture="matryoshka_batchtopk"),
+        "is not supported because it is a training checkpoint",
+    ),
+    "half a gate": (
+        lambda f: change_cfg(f, architecture="gated"),
+        r"missing \['b_gate', 'b_mag', 'r_mag'\], unexpected \['b_enc'\]",
+    ),
+    "too large": (
+        lambda f: change_weights(f, b_dec=torch.full((6,), 3e38)),
+        "too large: b_enc would not be finite",
     ),
     "no width": (lambda f: change_cfg(f, d_in=None), "the widths are None and 16"),
     "huge": (lambda f: change_cfg(f, d_sae=10**12), "W_enc is .*but the widths are 6 and 1000000000000"),

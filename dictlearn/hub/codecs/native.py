@@ -22,33 +22,17 @@ from torch import nn
 
 from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
-from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub.codecs._sae_lens import CONFIG, NAMES, NORMS, WEIGHTS, is_before_6, read_sae_lens
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
-from dictlearn.hub.names import from_hook_name, is_hook_name, to_hook_name
-from dictlearn.hub.weights import read_json, read_shapes, read_tensors
+from dictlearn.hub.names import is_hook_name, to_hook_name
+from dictlearn.hub.weights import load_tensors, read_json, read_shapes, read_tensors
 from dictlearn.registry import kind_of, lookup
 from dictlearn.types import DictlearnError, FormatError
 
-WEIGHTS = "sae_weights.safetensors"
-CONFIG = "cfg.json"
 OWN = "dictlearn_"  # prefix of architectures that SAELens does not have
 SAE_LENS_VERSION = "6.0.0"  # the oldest version with this layout; older files are read there by other rules
-# (sparsifier, autoencoder, skip) of a Linear dictionary -> architecture in SAELens
-SAE_LENS_NAMES = {
-    ("relu", True, False): "standard",
-    ("top_k", True, False): "topk",
-    ("relu", False, False): "transcoder",
-    ("relu", False, True): "skip_transcoder",
-    ("abs_top_k", True, False): "abstopk",
-    ("jump_relu", True, False): "jumprelu",
-    ("jump_relu", False, False): "jumprelu_transcoder",
-    ("jump_relu", False, True): "jumprelu_skip_transcoder",
-}
-SAE_LENS_NORMS = ("none", "layer_norm", "constant_norm_rescale")  # the same words and rules there
 UNCOMPARED = ("metadata", "dtype", "device", "reshape_activations")  # they do not say what is computed
-
-NO_PENALTY: dict[str, dict[str, Any]] = {"relu": {"l1": 0.0}, "jump_relu": {"penalty": "l0"}}
 
 
 class Native:
@@ -60,7 +44,8 @@ class Native:
         return folders_with(names, WEIGHTS, CONFIG)
 
     def matches(self, files: Files, place: str) -> bool:
-        return "architecture" in read_json(files.path(posixpath.join(place, CONFIG)))
+        cfg = read_json(files.path(posixpath.join(place, CONFIG)))
+        return "architecture" in cfg and not is_before_6(cfg)
 
     def read(self, files: Files, place: str) -> Dictionary:
         config, weights = (files.path(posixpath.join(place, name)) for name in (CONFIG, WEIGHTS))
@@ -69,22 +54,23 @@ class Native:
         try:
             own = cfg.get("metadata", {}).get("dictlearn")
             _check_widths(cfg if own is None else own, stored)
+            if own is None:
+                return read_sae_lens(cfg, weights, load_tensors(weights))
             with torch.device("meta"):  # what is allocated is never larger than the file
-                empty = _build(cfg)
-            if own is not None:
-                _check_agreement(cfg, empty)
+                empty = _build(own)
+            _check_agreement(cfg, empty)
+        except FormatError:
+            raise
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise FormatError(f"{config}: missing or wrong field: {error!r}.") from None
         except DictlearnError as error:
             raise FormatError(f"{config}: {error}") from None
         shapes = {name: tuple(parameter.shape) for name, parameter in _parameters(empty).items()}
         tensors = read_tensors(weights, shapes)
-        dictionary = _build(cfg)
+        dictionary = _build(own)
         with torch.no_grad():
             for name, parameter in _parameters(dictionary).items():
                 parameter.copy_(tensors[name])
-            if own is None:
-                _fold_sae_lens(dictionary, cfg)
         return dictionary.requires_grad_(False).eval()
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
@@ -162,17 +148,12 @@ def _config(dictionary: Dictionary) -> dict[str, Any]:
 def _architecture(dictionary: Dictionary) -> str:
     kind = kind_of(dictionary)
     key = (dictionary.sparsifier.kind, dictionary.is_autoencoder, dictionary.W_skip is not None)
-    theirs = kind == "linear" and key in SAE_LENS_NAMES and dictionary.input_norm in SAE_LENS_NORMS
-    return SAE_LENS_NAMES[key] if theirs else f"{OWN}{kind}"
+    theirs = kind == "linear" and key in NAMES and dictionary.input_norm in NORMS
+    return NAMES[key] if theirs else f"{OWN}{kind}"
 
 
-def _build(cfg: Mapping[str, Any]) -> Dictionary:
+def _build(own: Mapping[str, Any]) -> Dictionary:
     """The dictionary with empty weights."""
-    own = cfg.get("metadata", {}).get("dictlearn")
-    return _build_sae_lens(cfg) if own is None else _build_own(own)
-
-
-def _build_own(own: Mapping[str, Any]) -> Dictionary:
     sparsifier = dict(own["sparsifier"])
     built = lookup("dictlearn.sparsifiers", sparsifier.pop("kind"))(**sparsifier)
     skip = {"version", "kind", "sparsifier", "metadata"}
@@ -180,48 +161,3 @@ def _build_own(own: Mapping[str, Any]) -> Dictionary:
     dictionary = lookup("dictlearn.dictionaries", own["kind"])(sparsifier=built, **arguments)
     dictionary.metadata = dict(own["metadata"])
     return dictionary
-
-
-def _build_sae_lens(cfg: Mapping[str, Any]) -> Dictionary:
-    """For a file that SAELens wrote."""
-    architecture = cfg["architecture"]
-    by_name = {name: key for key, name in SAE_LENS_NAMES.items()}
-    if architecture not in by_name:
-        raise DictlearnError(f"architecture must be one of {sorted(by_name)}, got {architecture!r}.")
-    if (mode := cfg.get("normalize_activations", "none")) not in SAE_LENS_NORMS:
-        raise DictlearnError(
-            f"normalize_activations must be one of {', '.join(SAE_LENS_NORMS)} (other modes must be folded into "
-            f"the weights), got {mode!r}."
-        )
-    kind, autoencoder, skip = by_name[architecture]
-    arguments = {"k": cfg["k"]} if kind in ("top_k", "abs_top_k") else NO_PENALTY[kind]
-    metadata = cfg.get("metadata", {})
-    read = from_hook_name(str(metadata.get("hook_name") or cfg.get("hook_name") or "x"))
-    write = read if autoencoder else from_hook_name(str(metadata.get("hook_name_out") or "y"))
-    dictionary = Linear(
-        d_in=cfg["d_in"],
-        d_out=cfg["d_in"] if autoencoder else cfg["d_out"],
-        n_latents=cfg["d_sae"],
-        sparsifier=lookup("dictlearn.sparsifiers", kind)(**arguments),
-        reads=(read,),
-        writes=(write,),
-        skip=skip,
-        decoder_norm="free",
-        input_norm=mode,
-    )
-    dictionary.metadata = {"lm_name": metadata.get("model_name"), "ctx": metadata.get("context_size")}
-    return dictionary
-
-
-def _fold_sae_lens(dictionary: Dictionary, cfg: Mapping[str, Any]) -> None:
-    """Fold what our forward rule does not have: decoder-norm rescaled TopK, then the pre-encoder bias.
-
-    A JumpReLU latent is never negative there, so a threshold below 0 is one of 0.
-    """
-    dictionary.sparsifier.project_()
-    if cfg.get("rescale_acts_by_decoder_norm", False):
-        norms = dictionary.W_dec.norm(dim=-1, keepdim=True)
-        dictionary.W_dec.div_(norms)
-        dictionary.scale_latents_(norms.squeeze(-1))
-    if cfg.get("apply_b_dec_to_input", False):
-        dictionary.b_enc.sub_(dictionary.b_dec @ dictionary.W_enc)
