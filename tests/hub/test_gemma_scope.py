@@ -65,6 +65,24 @@ def test_the_rule_and_the_site(tmp_path: Path, place: str) -> None:
     assert 0 < (latents > 0).mean() < 1
 
 
+@pytest.mark.parametrize("layer", [0, 25])
+def test_transcoders_read_behind_the_norm_without_its_gain(tmp_path: Path, layer: int) -> None:
+    """TransformerLens' ln2.hook_normalized: x / sqrt(mean of x^2 + 1e-6), of the residual stream before the MLP."""
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / f"layer_{layer}" / "width_16k" / "average_l0_76"
+    w = write(folder)
+    loaded = dictlearn.load(folder)
+    assert isinstance(loaded, Dictionary)
+    assert (loaded.reads, loaded.writes) == ((f"resid_mid.{layer}",), (f"mlp_out.{layer}",))
+    assert loaded.metadata["lm_name"] == "google/gemma-2-2b"
+    x = 30 * torch.randn(40, D) + 7
+    double = x.numpy().astype(np.float64)
+    latents, recon = rule(w, double / np.sqrt((double**2).sum(-1, keepdims=True) / D + 1e-6))
+    np.testing.assert_allclose(loaded.encode(x).numpy(), latents, atol=1e-5)
+    np.testing.assert_allclose(loaded(x).recon.numpy(), recon, atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_sparse(x).to_dense().numpy(), latents, atol=1e-5)
+    assert 0 < (latents > 0).mean() < 1
+
+
 def test_small_letters(tmp_path: Path) -> None:
     w = write(tmp_path, W_enc=None, W_dec=None, w_enc=arrays()["W_enc"], w_dec=arrays()["W_dec"])
     loaded = dictlearn.load(tmp_path)
