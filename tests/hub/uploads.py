@@ -33,12 +33,20 @@ class WritableHub(Hub):
         self.refuses: dict[str, int] = {}
         self.drops: set[str] = set()
         self.damages = False
-        self.after: dict[str, Callable[[], None]] = {}
+        self.after: dict[str, Callable[[], object]] = {}
 
     def revisions(self, repo: str) -> dict[str, str]:
         revisions = self.repositories[repo].revisions
         assert isinstance(revisions, dict)
         return revisions
+
+    def put(self, repo: str, tree: Mapping[str, bytes], branch: str = "main") -> str:
+        """A commit with these files."""
+        revisions = self.revisions(repo)
+        made = hashlib.sha1(f"{revisions[branch]} {sorted(tree.items())}".encode()).hexdigest()
+        self.repositories[repo].trees[made] = tree
+        revisions |= {branch: made, made: made}
+        return made
 
     def files(self, repo: str, revision: str = "main") -> Mapping[str, bytes]:
         return self.repositories[repo].at(revision)
@@ -165,9 +173,7 @@ class WritingHandler(Handler):
             else:
                 assert item["key"] == "deletedFile"
                 del tree[value["path"]]
-        made = hashlib.sha1(content).hexdigest()
-        self.hub.repositories[repo].trees[made] = tree
-        revisions |= {branch: made, made: made}
+        made = self.hub.put(repo, tree, branch)
         return 200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{made}", "commitOid": made}
 
 
