@@ -13,7 +13,9 @@ from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
-from dictlearn.types import FormatError
+from dictlearn.hub.codecs.circuit_tracer import CircuitTracer
+from dictlearn.hub.files import Files
+from dictlearn.types import DictlearnError, FormatError
 
 D, N, K = 6, 18, 3
 THRESHOLD = "activation_function.threshold"
@@ -74,6 +76,98 @@ def test_the_rule(tmp_path: Path, case: str) -> None:
     assert (loaded.reads, loaded.writes, loaded.metadata["lm_name"]) == (("mlp_in.3",), ("mlp_out.3",), "org/lm")
 
 
+def check(loaded: Any, w: dict[str, Tensor], x: Tensor, z: Tensor | None = None) -> Dictionary:
+    """The rule at the activations `z` that it is for, which are `x` if there is no norm."""
+    assert isinstance(loaded, Dictionary)
+    latents, recon = rule(w, x if z is None else z)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded(x).recon.double(), recon, atol=2e-5, rtol=1e-5)
+    return loaded
+
+
+def test_the_configuration_may_have_k(tmp_path: Path) -> None:
+    w = write(tmp_path, activation="topk", k=K)
+    check(dictlearn.load(tmp_path), {**w, "k": torch.tensor(K)}, 2 * torch.randn(40, D))
+
+
+def test_the_k_of_facebook_is_in_no_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    more = {"W_enc": torch.randn(150, D, generator=generator), "W_dec": torch.randn(150, D, generator=generator)}
+    write(tmp_path, {**more, "b_enc": torch.full((150,), 50.0)}, activation="topk")
+    repo = "facebook/crv-8b-instruct-transcoders"
+    files = Files(repo, ("config.yaml", "layer_3.safetensors"), tmp_path.joinpath, {"repo": repo})
+    assert (CircuitTracer().read(files, "layer_3.safetensors").encode(torch.randn(9, D)) > 0).sum(-1).eq(128).all()
+
+
+@pytest.mark.parametrize("transposed", [("W_dec",), ("W_enc",), ("W_enc", "W_dec")])
+def test_old_sets_have_other_orientations(tmp_path: Path, transposed: tuple[str, ...]) -> None:
+    """The first one of Llama has W_dec as [d_out, n_latents], and reads the stream that is not normalised."""
+    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "mlp.hook_out"}
+    w = write(tmp_path, {"W_skip": (D, D)}, **hooks)
+    stored = {name: t.T.contiguous() if name in transposed else t for name, t in w.items()}
+    save_file(stored, tmp_path / "layer_3.safetensors")
+    loaded = check(dictlearn.load(tmp_path), w, torch.randn(40, D))
+    assert (loaded.reads, loaded.writes) == (("resid_mid.3",), ("mlp_out.3",))
+
+
+def test_behind_the_norm_without_its_gain(tmp_path: Path) -> None:
+    w = write(tmp_path, {THRESHOLD: (N,), "W_skip": (D, D)}, feature_input_hook="ln2.hook_normalized")
+    x = 20 * torch.randn(40, D) + 5
+    z = x.double() / (x.double().square().sum(-1, keepdim=True) / D + 1e-6).sqrt()
+    loaded = check(dictlearn.load(tmp_path), w, x, z)
+    assert (loaded.reads, loaded.writes) == (("resid_mid.3",), ("mlp_out.3",))
+
+
+@pytest.mark.parametrize("name", ["wandb-config.yaml", "wanb-config.yaml"])
+@pytest.mark.parametrize(
+    ("repo", "lm"),
+    [("qwen3-14b-transcoders-lowl0", "Qwen/Qwen3-14B"), ("qwen3-0.6b", "Qwen/Qwen3-0.6B"), ("a", None)],
+)
+def test_sets_without_a_configuration(tmp_path: Path, name: str, repo: str, lm: str | None) -> None:
+    folder = tmp_path / repo
+    w = write(folder)
+    (folder / "config.yaml").unlink()
+    (folder / name).write_text(yaml.safe_dump({"d_model": {"value": D}, "d_feature": {"value": N}}))
+    loaded = check(dictlearn.load(folder), w, torch.randn(40, D))
+    assert (loaded.reads, loaded.writes, loaded.metadata["lm_name"]) == (("mlp_in.3",), ("mlp_out.3",), lm)
+
+
+LISTS: dict[str, tuple[list[Any], str]] = {
+    "Gemma Scope": (
+        ["hf://google/gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76/params.npz"],
+        "the 1 files .* google/gemma-scope-2b-pt-transcoders:layer_0/width_16k/average_l0_76",
+    ),
+    "Gemma Scope 2": (
+        ["hf://google/gemma-scope-2-1b-pt/clt/a/params_layer_0.safetensors?revision=main"] * 9,
+        r"the 9 files .* google/gemma-scope-2-1b-pt:clt/a@main, .* \.\.\.\.$",
+    ),
+    "files": (
+        [{"id": "a", "layer": 0, "filepath": "hf://org/repo/layer_0.safetensors"}, {"id": "b"}, 7],
+        "the 1 files .* org/repo:layer_0.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_a_set_that_lists_files_elsewhere(tmp_path: Path, case: str) -> None:
+    listed, message = LISTS[case]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "transcoders": listed}))
+    (tmp_path / "set" / "README.md").write_text("hello")
+    with pytest.raises(FormatError, match=rf"set/config\.yaml is not supported because {message}"):
+        dictlearn.load(tmp_path)
+
+
+def test_other_configurations_are_no_sets(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"lm": {"name": "gpt2"}}))
+    with pytest.raises(FormatError, match="exactly one known format; it is none"):
+        dictlearn.load(tmp_path)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "last.ckpt").write_text("")
+    with pytest.raises(DictlearnError, match="holds no dictionary"):
+        dictlearn.load(tmp_path)
+
+
 def test_a_set_has_a_file_for_each_layer(tmp_path: Path) -> None:
     w = {layer: write(tmp_path / "set", layer=layer, feature_input_hook="hook_resid_mid") for layer in (0, 11)}
     with pytest.raises(
@@ -93,13 +187,20 @@ def test_a_set_has_a_file_for_each_layer(tmp_path: Path) -> None:
         ({"b_enc": None}, {}, r"layer_3.*missing \['b_enc'\]"),
         ({"W_enc": None}, {}, "layer_3.*must hold W_enc with two axes"),
         ({"more": (1,)}, {}, r"layer_3.*unexpected \['more'\]"),
-        ({"W_dec": (D, N)}, {}, r"W_dec must have shape \[18, 18\], found \[6, 18\]"),
+        ({"W_dec": (D + 1, N)}, {}, r"W_dec must have shape \[18, 6\], found \[7, 18\]"),
+        ({"W_enc": (N, N)}, {}, r"layer_3.*W_enc must not be square.*it is 18 x 18"),
+        ({"W_dec": (N, N), "b_dec": (N,)}, {}, "W_dec must not be square"),
         ({"b_dec": torch.full((D,), torch.nan)}, {}, "b_dec has values that are not finite"),
-        ({"k": torch.tensor(0)}, {}, "k must be one whole number from 1, without thresholds; got 0"),
-        ({"k": torch.tensor([1, 2])}, {}, "k must be one whole number from 1"),
+        ({"k": torch.tensor(0)}, {}, r"layer_3.*k must be a whole number, at least 1, got 0"),
+        ({"k": torch.tensor([1, 2])}, {}, "k must be a whole number, at least 1, got None"),
         ({"k": torch.tensor(19)}, {}, "at most n_latents"),
-        ({"k": torch.tensor(2), THRESHOLD: (N,)}, {}, "without thresholds"),
-        ({}, {"feature_input_hook": "ln2.hook_normalized"}, "is not supported because"),
+        ({"k": torch.tensor(2), THRESHOLD: (N,)}, {}, r"must have the tensors of activation=topk; it has \['W_dec"),
+        ({}, {"activation": "topk"}, r"config\.yaml: k must be a whole number, at least 1, got None"),
+        ({}, {"activation": "topk", "k": 99}, r"config\.yaml: .*k must be at most n_latents = 18, got 99"),
+        ({}, {"activation": "jump_relu"}, "must have the tensors of activation=jump_relu"),
+        ({THRESHOLD: (N,)}, {"activation": "relu"}, "must have the tensors of activation=relu"),
+        ({}, {"activation": "gelu"}, r"config\.yaml: activation must be one of relu, jump_relu, topk, got 'gelu'"),
+        ({}, {"feature_output_hook": "ln2.hook_normalized"}, "feature_output_hook must be one of mlp.hook_in"),
         ({}, {"feature_output_hook": "hook_q"}, "feature_output_hook must be one of mlp.hook_in, .*got 'hook_q'"),
         ({}, {"feature_input_hook": None}, "feature_input_hook must be one of"),
         ({}, {"model_kind": "cross_layer_transcoder"}, "exactly one known format; it is none"),

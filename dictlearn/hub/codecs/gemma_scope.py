@@ -1,8 +1,8 @@
 """Gemma Scope 1: `params.npz`, JumpReLU, no configuration (Lieberum et al. 2024, arXiv 2408.05147).
 
 pre = x @ W_enc + b_enc; latents are relu(pre) where pre > threshold; recon = latents @ W_dec + b_dec. The layer is
-in the path and the site in the name of the repository; without these the site is "x". Autoencoders of the embedding
-are of raw embeddings, before Gemma scales them. Transcoders read the residual stream before the MLP through its norm
+in the path and the site in the name of the repository; without these the site is "x". Those of the embedding are of
+raw embeddings, before Gemma scales them. Transcoders read the residual stream before the MLP, through its norm
 without the gain, and write what the MLP adds, after its second norm.
 """
 
