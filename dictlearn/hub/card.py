@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from dictlearn.dictionaries import Dictionary
-from dictlearn.hub.codecs.native import OWN
+from dictlearn.hub.codecs.native import CONFIG, OWN, WEIGHTS
 from dictlearn.hub.refs import HubRef
 from dictlearn.registry import kind_of
 
@@ -122,11 +122,13 @@ def _sae_lens(target: HubRef, place: str) -> str:
     if place and target.revision is None:
         return _python("from sae_lens import SAE\n", f'sae = SAE.from_pretrained("{target.repo}", "{place}")')
     revision = f', revision="{target.revision}"' if target.revision else ""
+    inside = f'folder + "/{place}"' if place else "folder"
+    files = ", ".join(f'"{posixpath.join(place, name)}"' for name in (CONFIG, WEIGHTS))
     return _python(
         "from huggingface_hub import snapshot_download",
         "from sae_lens import SAE\n",
-        f'folder = snapshot_download("{target.repo}"{revision})',
-        f'sae = SAE.load_from_disk(f"{posixpath.join("{folder}", place)}")',
+        f'folder = snapshot_download("{target.repo}"{revision}, allow_patterns=[{files}])',
+        f"sae = SAE.load_from_disk({inside})",
     )
 
 

@@ -76,8 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         hub.requests.append(f"{self.command} {path}")
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
+        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+)", path)
-        name = (info or file or [None, ""])[1]
+        name = (info or tree or file or [None, ""])[1]
         repository = hub.repositories.get(str(name))
         if repository is None:
             return self.refuse(401, "RepoNotFound")
@@ -85,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(*repository.refuses)
         if info:
             return self.say(repository, str(name), info[2] or "main", body)
+        if tree:
+            return self.list(repository, tree[2], body)
         assert file is not None
         return self.give(repository, file[2], body)
 
@@ -94,6 +97,17 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": file} for file in repository.at(revision)]
         answer = {"id": name, "sha": repository.revisions[revision], "siblings": siblings, "tags": []}
         answer["private"] = repository.private
+        return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), body)
+
+    def list(self, repository: Repository, revision: str, body: bool) -> None:
+        """All files, as with ?recursive=true."""
+        if revision not in repository.revisions:
+            return self.refuse(404, "RevisionNotFound")
+        files = repository.at(revision).items()
+        answer = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in files
+        ]
         return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), body)
 
     def give(self, repository: Repository, rest: str, body: bool) -> None:

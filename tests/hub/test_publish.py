@@ -145,7 +145,9 @@ def test_a_run_is_one_commit_with_a_card(server: WritableHub, tmp_path: Path) ->
     assert {rows["v1/mlp_out.1_k-4"][key] for key in METRICS} == {"-"}
     assert [rows[f"v1/{name}"]["SAELens"] for name in made] == ["yes", "no"]
     assert rows["v1/mlp_out.1_k-4"]["writes"] == "mlp_out.1"
-    assert f'dictlearn.load("{REPO}:v1/mlp_out.1_k-4")' in card.text
+    ran: dict[str, Any] = {}
+    exec(card.text.split("```python\n")[1].split("```")[0], ran)  # how to load it
+    assert_bit_equal(ran["dictionary"], made["mlp_out.1_k-4"])
     assert f'SAE.from_pretrained("{REPO}", "v1/resid_post.1")' in card.text
 
 
@@ -208,7 +210,7 @@ def test_a_branch(server: WritableHub, tmp_path: Path) -> None:
     assert_bit_equal(dictlearn.load(f"{REPO}:a@v2"), new)
     text = server.files(REPO, "v2")["README.md"].decode()
     assert f'dictlearn.load("{REPO}:a@v2")' in text
-    assert f'snapshot_download("{REPO}", revision="v2")' in text
+    assert f'snapshot_download("{REPO}", revision="v2", allow_patterns=["a/cfg.json",' in text
 
 
 def test_private(server: WritableHub, tmp_path: Path) -> None:
@@ -376,6 +378,18 @@ def test_weights_that_are_damaged_on_the_way_are_noticed(server: WritableHub, tm
     server.objects.clear()
     server.repositories[REPO].trees.clear()
     assert_bit_equal(dictlearn.load(push(folder, REPO, "a").refs[0]), made)
+
+
+def test_a_file_that_is_not_as_in_the_manifest_is_noticed(server: WritableHub, tmp_path: Path) -> None:
+    def damage() -> None:
+        repository = server.repositories[REPO]
+        repository.trees[repository.revisions["main"]] = {**server.files(REPO), "a/report.json": b"{}"}
+
+    server.after["commit"] = damage
+    with pytest.raises(
+        DictlearnError, match=r"a/report\.json came back with another sha256 than in manifest\.jsonl"
+    ):
+        push(write(tmp_path / "a", autoencoder(), l0=1.0), REPO, "a")
 
 
 def test_a_manifest_that_is_none(server: WritableHub, tmp_path: Path) -> None:
