@@ -48,8 +48,8 @@ SPARSITIES: dict[
     "batch_top_k": {OWN: K, "saelens": K, "dictionary_learning": K},
     "matryoshka": {OWN: K, "saelens": K, "dictionary_learning": K},
     "relu": {OWN: (0.05, 0.1, 0.2), "saelens": (2.0, 4.0, 8.0, 16.0), "dictionary_learning": (0.08, 0.16, 0.32)},
-    "gated": {OWN: (0.1, 0.15, 0.25), "saelens": (2.0, 4.0, 8.0), "dictionary_learning": (0.08, 0.16, 0.32)},
-    "jump_relu": {OWN: K, "saelens": (0.5, 1.0, 2.0, 4.0), "dictionary_learning": (10, 16, 24)},
+    "gated": {OWN: (0.1, 0.15, 0.25), "saelens": (2.0, 4.0, 8.0), "dictionary_learning": (0.16, 0.32, 0.64)},
+    "jump_relu": {OWN: K, "saelens": (1.0, 2.0, 4.0, 8.0), "dictionary_learning": (10, 16, 24)},
 }
 OVERRIDES = {  # of ours; the last one takes the sparsity
     "top_k": ["sparsifier=top_k", "sparsifier.k="],

@@ -17,6 +17,11 @@ def is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def is_number(value: Any) -> bool:
+    """A number, not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def is_subspace(value: Any) -> bool:
     """What init_subspace may be: null, auto, a share of the variance, or a number of dimensions."""
     share = isinstance(value, float) and 0 < value < 1

@@ -1,16 +1,23 @@
 """The evaluation door."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dictlearn.config import ConfigError
+from dictlearn.dictionaries.linear import Linear
 from dictlearn.evaluation import EvaluationContext
 from dictlearn.evaluation import main as evaluation_main
+from dictlearn.hub import save
+from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.types import DictlearnError
 from tests.runs import command, composed, run_evaluate, run_train
 
@@ -82,6 +89,37 @@ def test_another_lm_and_text(run_dir: Path, tmp_path: Path) -> None:
     trained_on = numbers(run_dir / "dictionaries", "resid_post.2")["reconstruction"]["fvu"]
     assert other != trained_on
     assert other == pytest.approx(trained_on, rel=0.3)
+
+
+def test_a_dictionary_of_another_format(run_dir: Path, tmp_path: Path) -> None:
+    """The numbers are those of the same dictionary in ours; its L0 is not the one in its name."""
+    weights = load_file(run_dir / "dictionaries/resid_post.2/sae_weights.safetensors")
+    params = {"W_enc": weights["W_enc"], "b_enc": weights["b_enc"], "W_dec": weights["W_dec"]}
+    params |= {"b_dec": weights["b_dec"], "threshold": torch.full_like(weights["b_enc"], 1.0)}
+    folder = tmp_path / "gemma-scope-2b-pt-res/layer_2/width_16k/average_l0_900"
+    folder.mkdir(parents=True)
+    arrays: dict[str, Any] = {key: value.numpy() for key, value in params.items()}
+    np.savez(folder / "params.npz", **arrays)
+    save(as_jump_relu(params), tmp_path / "ours")
+    overrides = ("lm=embedded", "data=embedded", f"out={tmp_path / 'out'}", *SMALL)
+    results = run_evaluate(f"load=[{folder},{tmp_path / 'ours'}]", *overrides)
+    foreign, own = results.reports["average_l0_900"], results.reports["ours"]
+    for block in NUMBERS:
+        assert foreign[block] == own[block]
+    assert foreign["dictionary"]["sha256"] == hashlib.sha256((folder / "params.npz").read_bytes()).hexdigest()
+    assert foreign["dictionary"]["metadata"]["source"]["format"] == "gemma_scope"
+    l0 = foreign["sparsity"]["l0"]["mean"]
+    said = f"L0 is {l0:.3g} here and 900 as published: it was made for google/gemma-2-2b, this is embedded"
+    assert said in foreign["warnings"]
+    assert not any("as published" in warning for warning in own["warnings"])
+
+
+def as_jump_relu(params: dict[str, Tensor]) -> Linear:
+    d, n = params["W_enc"].shape
+    made = Linear(d, d, n, JumpReLU(penalty="l0"), ["resid_post.2"], ["resid_post.2"], decoder_norm="free")
+    for name, value in params.items():
+        made.get_parameter("sparsifier.threshold" if name == "threshold" else name).data.copy_(value)
+    return made
 
 
 class FailingBlock:

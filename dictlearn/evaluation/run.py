@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext, Sections
+from dictlearn.evaluation.published import l0_warnings
 from dictlearn.evaluation.report import new_report, without_nan, write_report, write_table
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ def evaluate(
             report["compute"]["seconds_by_block"][block_name] = seconds
             for table_name, table in sections.get(name, {}).get("tables", {}).items():
                 write_table(table, out_dir_of[name] / f"{table_name}.parquet")
+            write_report(report, out_dir_of[name])
+    for name, report in reports.items():
+        if found := l0_warnings(report):
+            report["warnings"] += found
             write_report(report, out_dir_of[name])
     return Results(reports)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from dictlearn.choices import is_number
 from dictlearn.lm.sites import FAMILIES, module_path
 
 # Names of TransformerLens, which many files have, and what they are on the Hub.
@@ -30,7 +32,7 @@ MODEL_TYPES = {  # by name; the first that is found
     r"(^|/)gpt2": "gpt2",
     r"pythia": "gpt_neox",
     r"gemma-2-": "gemma2",
-    r"gemma-3-(270m|1b)": "gemma3_text",
+    r"gemma-3-": "gemma3_text",
     r"gemma-2b|gemma-7b": "gemma",
     r"[Ll]lama-?3": "llama",
     r"Distill-Llama": "llama",
@@ -43,6 +45,16 @@ MODEL_TYPES = {  # by name; the first that is found
 def hf_id(name: object) -> str | None:
     """The language model's id on the Hub, where another name for it is known; None for what is no name."""
     return HF_IDS.get(name, name) if isinstance(name, str) and name else None
+
+
+def stated_l0(where: str, configs: Mapping[str, Any]) -> float | None:
+    """The L0 in the name of a repository or path (`average_l0_82`, `W32K-L0_50`), or in a configuration."""
+    named = re.search(r"(?:^|[_-])[lL]0_(\d+)", where)
+    if named:
+        return float(named[1])
+    places = [part for config in configs.values() for part in (config, config.get("metadata"))]
+    found: list[Any] = [part.get("l0") for part in places if isinstance(part, Mapping)]
+    return next((float(value) for value in found if is_number(value) and value > 0), None)
 
 
 def modules_of(lm_name: str | None, sites: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import yaml
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.codecs.base import Codec
 from dictlearn.hub.files import Files
-from dictlearn.hub.origin import hf_id, modules_of
+from dictlearn.hub.origin import hf_id, modules_of, stated_l0
 from dictlearn.registry import kinds, lookup
 from dictlearn.types import DictlearnError, FormatError
 
@@ -73,8 +73,9 @@ class Place:
         """The language model's id, the modules of the sites, the L0 published, and the source."""
         lm = hf_id(dictionary.metadata.get("lm_name"))
         modules = modules_of(lm, (*dictionary.reads, *dictionary.writes))
-        l0 = {} if self.published_l0 is None else {"published_l0": self.published_l0}
-        return {"lm_name": lm, "modules": modules, **l0, "source": self._source(kind)}
+        source = self._source(kind)
+        l0 = self.published_l0 or stated_l0(self.files.place(self.path), source["config"])
+        return {"lm_name": lm, "modules": modules, "published_l0": l0, "source": source}
 
     def _format(self) -> str:
         codecs = _codecs()

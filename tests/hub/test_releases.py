@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,8 @@ def gemma_scope(folder: Path, l0: int) -> None:
     arrays = {"W_enc": (6, 16), "b_enc": (16,), "W_dec": (16, 6), "b_dec": (6,), "threshold": (16,)}
     path = folder / GEMMA[0].format(l0)
     path.mkdir(parents=True)
-    np.savez(path / "params.npz", **{key: np.full(shape, l0, dtype="float32") for key, shape in arrays.items()})
+    filled: dict[str, Any] = {key: np.full(shape, l0, dtype="float32") for key, shape in arrays.items()}
+    np.savez(path / "params.npz", **filled)
 
 
 @pytest.fixture
@@ -129,6 +131,7 @@ def test_a_release_is_loaded_by_its_alias(server: Hub) -> None:
     assert loaded.reads == ("resid_post.12",)
     facts = {"lm_name": "google/gemma-2-2b", "prepend_bos": True, "modules": {"resid_post.12": "layers.12"}}
     assert loaded.metadata.items() >= facts.items()
+    assert loaded.metadata["published_l0"] == 82
     assert loaded.metadata["source"] == {
         "repo": "google/gemma-scope-2b-pt-res",
         "revision": COMMIT,
