@@ -74,7 +74,7 @@ def linear(
 def check_finite(dictionary: Dictionary) -> None:
     """Raise FormatError where finite values of a file have overflowed on their way into the weights."""
     for name, parameter in dictionary.named_parameters():
-        if not all(bound.isfinite() for bound in parameter.detach().aminmax()):
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax()):
             raise FormatError(f"The values are too large: {name} would not be finite in {parameter.dtype}.")
 
 

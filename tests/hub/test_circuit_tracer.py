@@ -102,7 +102,7 @@ def test_the_k_of_facebook_is_in_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transposed", [("W_dec",), ("W_enc",), ("W_enc", "W_dec")])
 def test_old_sets_have_other_orientations(tmp_path: Path, transposed: tuple[str, ...]) -> None:
     """The first one of Llama has W_dec as [d_out, n_latents], and reads the stream that is not normalised."""
-    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "mlp.hook_out"}
+    hooks: dict[str, Any] = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "mlp.hook_out"}
     w = write(tmp_path, {"W_skip": (D, D)}, **hooks)
     stored = {name: t.T.contiguous() if name in transposed else t for name, t in w.items()}
     save_file(stored, tmp_path / "layer_3.safetensors")
