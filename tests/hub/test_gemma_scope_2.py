@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.types import FormatError
 
 D, N = 6, 16
@@ -55,6 +56,79 @@ def test_the_rule(tmp_path: Path, d_out: int, skip: bool) -> None:
     torch.testing.assert_close(loaded.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded(x).recon.double(), recon, atol=1e-5, rtol=1e-5)
     assert (loaded.reads, loaded.writes) == (("mlp_in.2",), ("mlp_out.2",))
+
+
+def write_layers(folder: Path, n_layers: int, d_out: int, skip: bool) -> list[dict[str, Tensor]]:
+    """A file for each layer; decoders have rows for the layers before as well, which nothing writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = [tensors(d_out, skip) | {"w_dec": torch.randn(N, n_layers, d_out)} for _ in range(n_layers)]
+    for i, w in enumerate(layers):
+        save_file(w, folder / f"params_layer_{i}.safetensors")
+    return [{name: tensor.double() for name, tensor in w.items()} for w in layers]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("d_out", [D, 4])
+def test_the_rule_of_cross_layer_transcoders(tmp_path: Path, d_out: int, skip: bool) -> None:
+    folder = tmp_path / REPO / "clt" / "width_262k_l0_big_affine"
+    layers = write_layers(folder, 12, d_out, skip)
+    loaded = load(tmp_path / REPO)
+    assert isinstance(loaded, CrossLayer)
+    x = torch.randn(20, 12, D)
+    latents = []
+    for i, w in enumerate(layers):
+        pre = torch.einsum("ti,il->tl", x[:, i].double(), w["w_enc"]) + w["b_enc"]
+        latents.append(pre.relu() * (pre > w["threshold"]))
+    recon = []
+    for target, w in enumerate(layers):
+        written = w["b_dec"] + sum(
+            latents[source] @ layers[source]["w_dec"][:, target] for source in range(target + 1)
+        )
+        recon.append(written + x[:, target].double() @ w["affine_skip_connection"] if skip else written)
+    torch.testing.assert_close(loaded.encode(x).double(), torch.cat(latents, -1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded(x).recon.double(), torch.stack(recon, 1), atol=5e-5, rtol=1e-5)
+    assert loaded.reads == tuple(f"mlp_in.{i}" for i in range(12))
+    assert loaded.writes == tuple(f"mlp_out.{i}" for i in range(12))
+    assert loaded.metadata["lm_name"] == "google/gemma-3-1b-it"
+
+
+CROSS_LAYER_DAMAGE: dict[str, tuple[Any, str]] = {
+    "a gap": (
+        lambda f: (f / "params_layer_1.safetensors").unlink(),
+        r"LAYER\.safetensors of every layer, it has \[0, 2\]",
+    ),
+    "fewer targets": (
+        lambda f: save_file(tensors() | {"w_dec": torch.zeros(N, 2, D)}, f / "params_layer_1.safetensors"),
+        r"params_layer_1\.safetensors: w_dec must have shape \[16, 3, 6\], found \[16, 2, 6\]",
+    ),
+    "one axis less": (
+        lambda f: save_file(tensors(), f / "params_layer_0.safetensors"),
+        r"params_layer_0\.safetensors must hold w_enc with two axes and w_dec with three",
+    ),
+    "one more": (
+        lambda f: save_file(tensors(skip=True) | {"w_dec": torch.zeros(N, 3, D)}, f / "params_layer_2.safetensors"),
+        r"params_layer_2\.safetensors must hold .*unexpected \['affine_skip_connection'\]",
+    ),
+    "NaN": (
+        lambda f: save_file(
+            tensors() | {"w_dec": torch.full((N, 3, D), torch.nan)}, f / "params_layer_2.safetensors"
+        ),
+        r"params_layer_2\.safetensors: w_dec has values that are not finite",
+    ),
+    "cut": (
+        lambda f: (f / "params_layer_2.safetensors").write_bytes(b"\x08" * 99),
+        r"params_layer_2\.safetensors is not a whole safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", CROSS_LAYER_DAMAGE)
+def test_damaged_cross_layer_transcoders(tmp_path: Path, damage: str) -> None:
+    write_layers(tmp_path, 3, D, skip=False)
+    act, message = CROSS_LAYER_DAMAGE[damage]
+    act(tmp_path)
+    with pytest.raises(FormatError, match=message):
+        dictlearn.load(tmp_path)
 
 
 LAYER = "model.layers.7"

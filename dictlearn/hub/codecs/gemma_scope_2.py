@@ -1,24 +1,28 @@
-"""Gemma Scope 2, of Gemma 3: `params.safetensors`, usually beside `config.json`; autoencoders and transcoders.
+"""Gemma Scope 2, of Gemma 3: `params.safetensors`, usually beside `config.json`; autoencoders and transcoders. Of a
+cross-layer transcoder each layer has a file, `params_layer_LAYER.safetensors`.
 
 pre = x @ w_enc + b_enc; latents are relu(pre) where pre > threshold; recon = latents @ w_dec + b_dec + x @
 affine_skip_connection. Sites are where the configuration says activations come from in the Hugging Face model;
-without one, what the folder's name says. A transcoder reads what the MLP does: the norm's gain is in it.
+without one, what the folder's name says. A transcoder reads what the MLP does: the norm's gain is in it. In a
+cross-layer transcoder w_dec is [n_latents, n_layers, d_out], of which a layer writes those from itself on.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from dictlearn.dictionaries import Dictionary
-from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.canonical import LayerSizes, Weights, cross_layer, linear
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
-from dictlearn.hub.weights import check_tensors, encoder_sizes, load_tensors, read_json
+from dictlearn.hub.weights import check_tensors, encoder_sizes, load_tensors, read_json, read_shapes
 from dictlearn.types import FormatError
 
+LAYER = "params_layer_{}.safetensors"
 WEIGHTS, CONFIG, SKIP = "params.safetensors", "config.json", "affine_skip_connection"
 POINTS = {  # after "model.layers.LAYER." of the Hugging Face model
     "output": "resid_post",
@@ -35,17 +39,19 @@ FOLDERS = {
 
 
 class GemmaScope2:
-    """Gemma Scope 2: residual, MLP and attention autoencoders, and transcoders with and without a skip path."""
+    """Residual, MLP and attention autoencoders, (cross-layer) transcoders with and without a skip path."""
 
-    layout: ClassVar[str] = f"{WEIGHTS} with w_enc and threshold"
+    layout: ClassVar[str] = f"{WEIGHTS}, or {LAYER.format('LAYER')}, with w_enc and threshold"
 
     def find(self, names: Sequence[str]) -> list[str]:
-        return folders_with(names, WEIGHTS)
+        return folders_with(names, WEIGHTS) + folders_with(names, LAYER.format(0))
 
     def matches(self, files: Files, place: str) -> bool:
-        return True  # no other format has a file of this name
+        return True  # no other format has files of these names
 
     def read(self, files: Files, place: str) -> Dictionary:
+        if posixpath.join(place, LAYER.format(0)) in files.names:
+            return _read_cross_layer(files, place)
         path, config = files.path(posixpath.join(place, WEIGHTS)), posixpath.join(place, CONFIG)
         w = load_tensors(path)
         d, n = encoder_sizes(path, w, "w_enc")
@@ -58,8 +64,41 @@ class GemmaScope2:
         read, write = _sites(cfg, f"{files.where}/{place}".rstrip("/"))
         skip = w[SKIP].T if SKIP in w else None
         weights = Weights(w["w_enc"], w["b_enc"], w["w_dec"], w["b_dec"], w["threshold"], skip)
-        lm = _lm_name(str(files.source.get("repo", files.where)))
-        return linear(weights, None, read, write, metadata={"lm_name": lm, "prepend_bos": True})
+        return linear(weights, None, read, write, metadata=_metadata(files))
+
+
+def _read_cross_layer(files: Files, place: str) -> Dictionary:
+    pattern = re.compile(re.escape(posixpath.join(place, LAYER)).replace(r"\{\}", r"(\d+)"))
+    layers = sorted(int(found[1]) for name in files.names if (found := pattern.fullmatch(name)))
+    if layers != list(range(len(layers))):
+        raise FormatError(
+            f"{files.place(place)} must hold {LAYER.format('LAYER')} of every layer, it has {layers}."
+        )
+    paths = [files.path(posixpath.join(place, LAYER.format(layer))) for layer in layers]
+    first = read_shapes(paths[0])
+    w_enc, w_dec = first.get("w_enc", ()), first.get("w_dec", ())
+    if len(w_enc) != 2 or len(w_dec) != 3:
+        raise FormatError(f"{paths[0]} must hold w_enc with two axes and w_dec with three; it holds {first}.")
+    sizes = LayerSizes(w_enc[0], w_dec[2], w_enc[1])
+    reads, writes = ([f"{kind}.{layer}" for layer in layers] for kind in FOLDERS["transcoder"])
+    skip, metadata = SKIP in first, _metadata(files)
+    return cross_layer(sizes, _layers(paths, sizes, skip), None, reads, writes, skip=skip, metadata=metadata)
+
+
+def _layers(paths: Sequence[Path], sizes: LayerSizes, skip: bool) -> Iterator[Weights]:
+    """Layer by layer, checked."""
+    d_in, d_out, n = sizes
+    shapes = {"w_enc": (d_in, n), "b_enc": (n,), "w_dec": (n, len(paths), d_out), "b_dec": (d_out,)}
+    shapes |= {"threshold": (n,)} | ({SKIP: (d_in, d_out)} if skip else {})
+    for layer, path in enumerate(paths):
+        w = load_tensors(path)
+        check_tensors(path, w, shapes)
+        W_skip = w[SKIP].T if skip else None
+        yield Weights(w["w_enc"], w["b_enc"], w["w_dec"][:, layer:], w["b_dec"], w["threshold"], W_skip)
+
+
+def _metadata(files: Files) -> dict[str, Any]:
+    return {"lm_name": _lm_name(str(files.source.get("repo", files.where))), "prepend_bos": True}
 
 
 def _sites(cfg: Mapping[str, Any], where: str) -> tuple[str, str]:
