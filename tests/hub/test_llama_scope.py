@@ -144,6 +144,8 @@ NO_NORM = {"dataset_average_activation_norm": {"in": 5.0}}
         (NO_NORM, r"dataset_average_activation_norm\.out must be a positive number, got None"),
         ({"dataset_average_activation_norm": 3.0}, "must be a positive number"),
         ({"d_model": "6"}, "d_model must be a whole number"),
+        ({"d_model": 10**400}, "too large"),
+        ({"jump_relu_threshold": 10**400}, "too large"),
         ({"d_sae": 0}, "d_sae must be a whole number"),
         ({"act_fn": "topk", "jump_relu_threshold": 0, "top_k": 25}, "at most n_latents = 24, got 25"),
         ({"use_decoder_bias": "no"}, "use_decoder_bias must be true or false"),
@@ -169,7 +171,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         r"decoder.weight must have shape \[6, 24\]",
     ),
     "nan": (lambda w: w["encoder.weight"].fill_(torch.nan), "encoder.weight has values that are not finite"),
-    "overflow": (lambda w: w["decoder.weight"].fill_(1e38), "W_dec has values that are not finite|W_enc has"),
+    "overflow": (lambda w: w["decoder.weight"].fill_(1e38), "values are too large: W_... would not be finite"),
 }
 
 

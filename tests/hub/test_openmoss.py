@@ -192,7 +192,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no average": (lambda w: w.pop(f"{AVERAGE}.{POST}"), f"missing .*{AVERAGE}.{POST}"),
     "average of 0": (lambda w: w[f"{AVERAGE}.{POST}"].zero_(), f"{AVERAGE}.{POST} must be positive, got 0.0"),
     "averages": (lambda w: w.update({f"{AVERAGE}.{POST}": torch.ones(2)}), r"must have shape \[1\], found \[2\]"),
-    "overflow": (lambda w: w[f"{AVERAGE}.{POST}"].fill_(1e-38), "W_enc has values that are not finite"),
+    "overflow": (lambda w: w[f"{AVERAGE}.{POST}"].fill_(1e-38), "values are too large: W_enc would not be finite"),
 }
 
 

@@ -171,7 +171,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "nan": (lambda w: w["W_enc"].fill_(torch.nan), "W_enc has values that are not finite"),
     "overflow": (
         lambda w: [w[name].fill_(1e30) for name in ("W_enc", "b_dec")],
-        "b_enc - b_dec @ W_enc has values",
+        "values are too large: b_enc would not",
     ),
 }
 

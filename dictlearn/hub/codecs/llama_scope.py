@@ -20,8 +20,9 @@ import torch
 
 from dictlearn.checks import check_choice, check_count, check_number, check_positive
 from dictlearn.dictionaries import Dictionary
-from dictlearn.hub.canonical import Weights, linear
-from dictlearn.hub.codecs.openmoss import check_folded, check_supported, flag, site_of, top_k
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub.canonical import Weights, check_finite, linear
+from dictlearn.hub.codecs.openmoss import check_supported, flag, site_of, top_k
 from dictlearn.hub.files import Files
 from dictlearn.hub.weights import check_tensors, load_tensors, read_json
 from dictlearn.sparsifiers.top_k import TopK
@@ -49,9 +50,9 @@ class LlamaScope:
         cfg = read_json(config)
         try:
             read, write = _check(cfg)
-            sparsifier = _top_k(cfg)
+            sparsifier, threshold = _top_k(cfg), float(cfg.get("jump_relu_threshold") or 0.0)
             sites = [site_of(cfg, end) for end in ("hook_point_in", "hook_point_out")]
-        except DictlearnError as error:
+        except (DictlearnError, OverflowError) as error:
             raise FormatError(f"{config}: {error}") from None
         d, n = cfg["d_model"], cfg["d_sae"]
         w = load_tensors(path)
@@ -64,21 +65,29 @@ class LlamaScope:
             w["encoder.bias"],
             w["decoder.weight"].T,
             w.get("decoder.bias", torch.zeros(d)),
-            None if sparsifier else torch.full((n,), float(cfg["jump_relu_threshold"])),
+            None if sparsifier else torch.full((n,), threshold),
         )
         metadata = {"lm_name": LM, "ctx": CTX, "prepend_bos": True}
-        made = linear(weights, sparsifier, *sites, metadata=metadata)
-        with torch.no_grad():  # thresholds are of the result
-            made.W_dec.mul_(read / write)
-            made.b_dec.div_(write)
-            made.b_enc.div_(read)
-            if flag(cfg, "sparsity_include_decoder_norm", True):
-                norms = made.decoder_norms()
-                made.W_enc.mul_(norms)
-                made.b_enc.mul_(norms)
-                made.W_dec.div_(torch.where(norms > 0, norms, 1.0).unsqueeze(-1))
-        check_folded(path, made)
+        try:
+            made = linear(weights, sparsifier, *sites, metadata=metadata)
+            _fold(made, read, write, flag(cfg, "sparsity_include_decoder_norm", True))
+            check_finite(made)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
         return made
+
+
+@torch.no_grad()
+def _fold(made: Linear, read: float, write: float, decoder_norms: bool) -> None:
+    """What their loader does; thresholds are those of its result."""
+    made.W_dec.mul_(read / write)
+    made.b_dec.div_(write)
+    made.b_enc.div_(read)
+    if decoder_norms:
+        norms = made.decoder_norms()
+        made.W_enc.mul_(norms)
+        made.b_enc.mul_(norms)
+        made.W_dec.div_(torch.where(norms > 0, norms, 1.0).unsqueeze(-1))
 
 
 def _check(cfg: Mapping[str, Any]) -> tuple[float, float]:

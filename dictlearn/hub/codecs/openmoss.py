@@ -27,7 +27,7 @@ from torch import Tensor
 from dictlearn.checks import check_choice, check_count, check_flag
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.linear import Linear
-from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.canonical import Weights, check_finite, linear
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.names import from_hook_name
@@ -78,10 +78,13 @@ class OpenMOSS:
             raise
         except DictlearnError as error:
             raise FormatError(f"{config}: {error}") from None
-        metadata = {"lm_name": lm, "prepend_bos": True}
-        made = linear(weights, sparsifier, read, write, input_norm=norm, metadata=metadata)
-        _fold(made, cfg, threshold, *_scales(path, cfg, stored))
-        check_folded(path, made)
+        scales, metadata = _scales(path, cfg, stored), {"lm_name": lm, "prepend_bos": True}
+        try:
+            made = linear(weights, sparsifier, read, write, input_norm=norm, metadata=metadata)
+            _fold(made, cfg, threshold, *scales)
+            check_finite(made)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
         return made
 
 
@@ -116,12 +119,6 @@ def top_k(cfg: Mapping[str, Any], n_latents: int) -> TopK:
     sparsifier = TopK(k)
     sparsifier.bind(n_latents)
     return sparsifier
-
-
-def check_folded(path: Path, made: Linear) -> None:
-    """Raise FormatError where scales of the file have made infinite weights of finite ones."""
-    parameters = dict(made.named_parameters())
-    check_tensors(path, parameters, {name: tuple(tensor.shape) for name, tensor in parameters.items()})
 
 
 def _check(cfg: Mapping[str, Any]) -> None:

@@ -68,7 +68,6 @@ class TranscoderCircuits:
         check_tensors(path, w, shapes)
         read, write = _sites(path, cfg)
         b_enc = w["b_enc"].float() - w["b_dec"].float() @ w["W_enc"].float()
-        check_tensors(path, {"b_enc - b_dec @ W_enc": b_enc}, {"b_enc - b_dec @ W_enc": (n,)})
         weights = Weights(w["W_enc"], b_enc, w["W_dec"], w["b_dec_out"])
         name, ctx = cfg.get("model_name"), cfg.get("context_size")
         metadata = {
@@ -76,7 +75,10 @@ class TranscoderCircuits:
             "ctx": ctx if is_count(ctx, 1) else None,
             "prepend_bos": True,
         }
-        return linear(weights, ReLU(l1=0.0), read, write, input_norm="lm_layer_norm", metadata=metadata)
+        try:
+            return linear(weights, ReLU(l1=0.0), read, write, input_norm="lm_layer_norm", metadata=metadata)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
