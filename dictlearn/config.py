@@ -150,7 +150,7 @@ def build(node: Any, **arguments: Any) -> Any:
             raise DictlearnError(f"{_target(node)}: {error.__cause__}") from error
         reason = str(error).splitlines()[0]
         raise DictlearnError(f"Cannot build {_target(node)}: {error.__cause__ or reason}") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # Hydra's own keys, such as _partial_
         raise DictlearnError(f"Cannot build {_target(node)}: {str(error).splitlines()[0]}") from error
 
 

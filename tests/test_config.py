@@ -1,5 +1,6 @@
 """Every yaml composes and instantiates; what is wrong is said at once and whole."""
 
+import re
 from pathlib import Path
 
 import lightning as L
@@ -62,6 +63,7 @@ def problems(*overrides: str) -> str:
     return str(error.value)
 
 
+BY_PATH = ("experiment=single", "site=transformer.h.1")  # a module: its width is known by a run without weights
 WRONG = [
     (["n_tokens=0"], "n_tokens must be a whole number of at least 1, got 0"),
     (["n_tokens=many"], "n_tokens must be a whole number"),
@@ -125,14 +127,24 @@ WRONG = [
     (["init_subspace=0"], "init_subspace must be .* or a whole number of dimensions, got 0"),
     (["init_subspace=all"], "init_subspace must be auto, null, .*got 'all'"),
     (["dictionaries.attn.set={init_subspace:0.0}"], "attn_out.2: init_subspace must be auto, null, .*got 0.0"),
+    (["dictionaries.attn.transcodes=null"], "dictionaries.attn.transcodes must be true or false, got None"),
+    (["dictionaries.mlp.transcodes=1"], "dictionaries.mlp.transcodes must be true or false, got 1"),
+    (["dictionaries.attn.set=0"], "dictionaries.attn.set gives values by key, {sparsifier.k:32}, got 0"),
+    (
+        ["dictionaries.attn.optimizer=null"],
+        "attn.optimizer must be a group of settings, .* conf/optimizer, got None",
+    ),
+    (["dictionaries.attn.module.sparsifier=4"], "attn.module.sparsifier must be .* conf/sparsifier, got 4"),
+    (["dictionaries.attn.module._partial_=foo"], "Cannot build dictlearn.*Linear: .*_partial_ flag must be a bool"),
+    (["+dictionaries.attn.foo=1"], "dictionaries.attn has no setting 'foo'; it has site, transcodes, expansion"),
+    ([*BY_PATH, "dictionary.module.decoder_norm=x"], "decoder_norm must be unit, free or null, got 'x'"),
+    ([*BY_PATH, "sparsifier.k=2000"], "sparsifier.k must be at most n_latents = 1024, got 2000"),
     (["grid={init_subspace:[0.5,129]}"], "init_subspace must be at most the width of resid_post.2, 128, got 129"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "message"), WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_each_mistake_has_its_message(overrides: list[str], message: str) -> None:
-    import re
-
     assert re.search(message, problems(*overrides))
 
 

@@ -15,6 +15,7 @@ from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.evaluation.run import Results
 from dictlearn.lm import capture, load_lm, resolve
 from dictlearn.training.plan import plan
+from dictlearn.training.run import check
 from tests.runs import composed, run_evaluate, run_train
 from tests.test_config import problems
 
@@ -153,8 +154,24 @@ def test_the_plan_counts_every_decoder() -> None:
         ),
         (["dictionary=crosscoder", "sites=resid_post.*"], "one dictionary over several sites"),
         (["dictionary=cross_layer", "site=mlp.*", "sparsifier.k=2_000"], "at most n_latents = 1024, got 2000"),
+        (
+            ["dictionary=crosscoder", "site=[resid_post.0,resid_post.1,resid_pre.2]"],
+            "the sites of one dictionary must have different activations, but resid_post.1, resid_pre.2 are names "
+            "of one tensor of this LM: leave all but one out",
+        ),
+        (
+            ["dictionary=crosscoder", "site=[transformer.h.1,resid_post.1]"],
+            "transformer.h.1, resid_post.1 are names",
+        ),
+        (["dictionary=crosscoder", "site=[attn_out.1,transformer.h.1.attn.c_proj]"], "names of one tensor"),
         (["dictionary=cross_layer", "site=mlp.*", "sites=mlp.*"], "site and sites cannot both be given"),
     ],
 )
 def test_preflight_refuses(overrides: list[str], message: str) -> None:
     assert message in problems("experiment=single", *overrides)
+
+
+def test_sites_of_one_layer_are_different_activations() -> None:
+    sites = "site=[embed,resid_pre.0,attn_out.0,resid_mid.0,mlp_in.0,mlp_out.0,resid_post.0]"
+    given = ["experiment=single", "dictionary=crosscoder", sites]
+    check(composed("train", given), given)

@@ -46,7 +46,7 @@ class Matryoshka(Linear):
 
     def __init__(self, *args: Any, prefixes: Sequence[float] = PREFIXES, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        shares = list(prefixes) if isinstance(prefixes, Sequence) else []
+        shares = list(prefixes) if isinstance(prefixes, Sequence) and not isinstance(prefixes, str) else []
         numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 < p <= 1 for p in shares)
         if not shares or not numbers or shares[-1] != 1 or shares != sorted(set(shares)):
             raise DictlearnError(

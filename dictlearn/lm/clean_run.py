@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dictlearn.lm.dry_run import inputs
 from dictlearn.lm.taps import capture, edit
 from dictlearn.types import Site, TokenIds
 
@@ -74,12 +75,14 @@ class CleanRun:
 
 
 def reached(model: PreTrainedModel, writes: Sequence[Site], sites: Sequence[Site]) -> list[Site]:
-    """Those of `sites`, other than `writes`, whose activations depend on those at `writes`; by one forward."""
+    """Those of `sites`, other than `writes`, whose activations depend on those at `writes`; by one forward of the
+    frozen model, which may be on the meta device (see `dry`).
+    """
     if not sites:
         return []
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     edits = dict.fromkeys(writes, lambda act: act.detach().clone().requires_grad_())
     with torch.enable_grad(), edit(model, edits), capture(model, sites) as acts:
-        model(input_ids=tokens, use_cache=False)
+        model(**inputs(model), use_cache=False)
     places = {(site.module, site.io) for site in writes}
-    return [site for site in sites if acts[site.name].requires_grad and (site.module, site.io) not in places]
+    found = [site for site in sites if site.name in acts and acts[site.name].requires_grad]  # others never run
+    return [site for site in found if (site.module, site.io) not in places]

@@ -12,6 +12,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
+from dictlearn.checks import check_flag
 from dictlearn.config import ConfigError, collect, plain, values_at
 from dictlearn.lm import file_name, resolve_pair
 from dictlearn.lm.sites import FAMILIES, KINDS
@@ -43,6 +44,13 @@ OF_A_NODE = (
     "optimizer",
     "schedule",
 )
+GROUPS_OF_A_NODE = {  # and the folder of their choices
+    "module": "dictionary",
+    "module.sparsifier": "sparsifier",
+    "objective": "objective",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+}
 
 
 class Point(NamedTuple):
@@ -144,7 +152,9 @@ def nodes(cfg: DictConfig) -> dict[str, DictConfig]:
             raise ConfigError(
                 [f"dictionaries.{name} must be a choice of conf/dictionary: +dictionary@dictionaries.{name}=sae"]
             )
-        own = plain(node.get("set")) or {}
+        if problems := _node_problems(name, node):
+            raise ConfigError(problems)
+        own = {} if node.get("set") is None else plain(node.set)
         if not isinstance(own, dict):
             raise ConfigError([f"dictionaries.{name}.set gives values by key, {{sparsifier.k:32}}, got {own!r}"])
         changed = values_at(cfg, own, f"dictionaries.{name}.set")
@@ -152,6 +162,22 @@ def nodes(cfg: DictConfig) -> dict[str, DictConfig]:
             raise ConfigError([f"dictionaries.{name}.set changes {', '.join(shared)}, which the whole run shares"])
         found[name] = OmegaConf.create(plain(changed.dictionaries[name]))
     return found
+
+
+def _node_problems(name: str, node: DictConfig) -> list[str]:
+    """What is wrong with the settings of a dictionary as a whole."""
+    may_have = (*OF_A_NODE, "dead_after_tokens", "set")
+    problems = [
+        f"dictionaries.{name} has no setting {key!r}; it has {', '.join(may_have)}"
+        for key in node
+        if key not in may_have
+    ]
+    return problems + [
+        f"dictionaries.{name}.{key} must be a group of settings, such as the choices in conf/{folder}, "
+        f"got {value!r}"
+        for key, folder in GROUPS_OF_A_NODE.items()
+        if not isinstance(value := OmegaConf.select(node, key), DictConfig)
+    ]
 
 
 def entries(cfg: DictConfig, model: PreTrainedModel) -> list[Entry]:
@@ -228,6 +254,7 @@ def _site_groups(key: str, node: DictConfig, sites: Any, model: PreTrainedModel)
 
 
 def _site_pair(model: PreTrainedModel, key: str, name: str, node: DictConfig) -> tuple[Site, Site]:
+    check_flag(f"dictionaries.{key}.transcodes", node.transcodes)
     read, write = resolve_pair(model, name)
     if node.transcodes and read == write:
         raise DictlearnError(

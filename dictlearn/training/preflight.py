@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dictlearn.choices import AUTO, is_count
@@ -25,12 +26,13 @@ from dictlearn.data.store import store_problems
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.build import build_blocks
 from dictlearn.files import folder_problem
-from dictlearn.lm import site_width, skeleton
+from dictlearn.lm import reached, site_width, skeleton
+from dictlearn.lm.dry_run import aliases, dry, dry_activations
 from dictlearn.training.build import build_dictionary, starting_dictionaries
 from dictlearn.training.plan import lm_dtype
 from dictlearn.training.points import Entry, entries, nodes, points, sites_of
 from dictlearn.training.resampling import Resample
-from dictlearn.training.terms import LossTerm, check_chunks, check_terms, lm_terms, micro_batch_problem
+from dictlearn.training.terms import LMTerm, LossTerm, check_chunks, check_terms, lm_terms, micro_batch_problem
 
 PARTS = ("objective", "optimizer", "schedule")
 TRAINER_KEYS = ("_target_", "accelerator", "devices", "precision", "deterministic")
@@ -57,18 +59,31 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
         names = ", ".join(f"trainer.{key}" for key in added)
         found.append(f"{names}: of Lightning's trainer only {', '.join(TRAINER_KEYS[1:])} can be set")
     dictionaries = [] if model is None else collect(found, lambda: entries(cfg, model)) or []
+    acts = {} if model is None else dry(lambda: dry_activations(model, sites_of(dictionaries))) or {}
+    width = {} if model is None else _widths(model, dictionaries, acts)
     if text is not None and text.store is not None:
-        collect(found, lambda: _check_store(cfg, text, model, dictionaries, found))
+        collect(found, lambda: _check_store(cfg, text, dictionaries, width, found))
     init_from = None if resuming else cfg.init_from
     starts = collect(found, lambda: starting_dictionaries(init_from, dictionaries)) or {}
     micro_batch_size = cfg.micro_batch_size if is_count(cfg.micro_batch_size, 1) else None
     for entry in dictionaries:
-        _check_dictionary(entry, model, starts, micro_batch_size, found)
+        _check_sites(entry, acts, found)
+        _check_dictionary(entry, width, starts, micro_batch_size, found)
         _check_lm_terms(cfg, entry, model, found)
         _check_resampling(cfg, entry, found)
     if not dictionaries:
         _check_parts(cfg, found)
     return list(dict.fromkeys(found))
+
+
+def _widths(
+    model: PreTrainedModel, dictionaries: Sequence[Entry], acts: Mapping[str, Tensor]
+) -> dict[str, int | None]:
+    """Of every site; None where it is known once the LM runs."""
+    return {
+        site.name: acts[site.name].shape[-1] if site.name in acts else site_width(model, site)
+        for site in sites_of(dictionaries)
+    }
 
 
 def _skeleton(cfg: DictConfig, text: RowData | None, found: list[str]) -> PreTrainedModel | None:
@@ -118,25 +133,36 @@ def _check_text(
 def _check_store(
     cfg: DictConfig,
     text: RowData,
-    model: PreTrainedModel | None,
     dictionaries: Sequence[Entry],
+    width: Mapping[str, int | None],
     found: list[str],
 ) -> None:
     """What can be said of the activation store without the LM's weights and the tokens; of sound values only."""
-    if model is None or not dictionaries or not all(is_count(cfg[key], 1) for key in ("n_tokens", "batch_size")):
+    if not dictionaries or not all(is_count(cfg[key], 1) for key in ("n_tokens", "batch_size")):
         return
     asked = {
         **asked_of_text(text),
         **{key: cfg[key] for key in ("seed", "n_tokens", "batch_size", "statistics_n_tokens")},
         "lm_dtype": lm_dtype(cfg),
-        "sites": {site.name: site_width(model, site) for site in sites_of(dictionaries)},
+        "sites": width,
     }
     found += store_problems(str(store_folder(str(text.store))), asked)
 
 
+def _check_sites(entry: Entry, acts: Mapping[str, Tensor], found: list[str]) -> None:
+    """Each of several sites has activations of its own."""
+    for sites in (entry.reads, entry.writes):
+        for same in aliases(acts, sites):
+            names = ", ".join(site.name for site in same)
+            found.append(
+                f"{entry.name}: the sites of one dictionary must have different activations, but {names} are names "
+                "of one tensor of this LM: leave all but one out"
+            )
+
+
 def _check_dictionary(
     entry: Entry,
-    model: PreTrainedModel | None,
+    widths: Mapping[str, int | None],
     starts: Mapping[str, Dictionary],
     micro_batch_size: int | None,
     found: list[str],
@@ -153,10 +179,9 @@ def _check_dictionary(
     if own := dictionary_problems(entry.config):
         found += [f"{entry.name}: {problem}" for problem in own if problem not in found]
         return
-    assert model is not None
-    found_widths = {site.name: site_width(model, site) for site in sites_of([entry])}
-    width = {name: n for name, n in found_widths.items() if n is not None}
-    if len(width) < len(found_widths):  # known once the LM runs
+    sites = sites_of([entry])
+    width = {site.name: n for site in sites if (n := widths[site.name]) is not None}
+    if len(width) < len(sites):
         collect(found, lambda: build(entry.config.module.sparsifier))
         return
     dictionary = collect(found, lambda: build_dictionary(entry, width, "meta"))
@@ -194,7 +219,15 @@ def _check_lm_terms(cfg: DictConfig, entry: Entry, model: PreTrainedModel | None
     if problem := micro_batch_problem(terms, cfg.micro_batch_size):
         found.append(problem)
     for term in terms.values():
-        collect(found, lambda t=term: t.sites(model))
+        collect(found, lambda t=term: _check_later(t, entry, model))
+
+
+def _check_later(term: LMTerm, entry: Entry, model: PreTrainedModel) -> None:
+    """The sites that a term looks at depend on what the dictionary writes."""
+    sites = term.sites(model)
+    later = dry(lambda: reached(model.requires_grad_(False), entry.writes, sites))
+    if later is not None:
+        term.bind(entry.writes, dict.fromkeys(later, 1.0))
 
 
 def _check_resampling(cfg: DictConfig, entry: Entry, found: list[str]) -> None:

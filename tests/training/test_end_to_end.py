@@ -194,6 +194,11 @@ WRONG = [
         ["objective.end_to_end.downstream=1", "objective.end_to_end.sites=[resid_post.7]"],
         "Site 'resid_post.7': the layer must be 0 to 3",
     ),
+    (
+        ["objective.end_to_end.downstream=1", "objective.end_to_end.sites=[resid_post.0,mlp_out.2]"],
+        "sites must come after what the dictionary writes, resid_post.1; resid_post.0 does not depend on it",
+    ),
+    (["objective.end_to_end.downstream=1", "site=resid_post.3"], "No resid_post comes after resid_post.3"),
 ]
 
 
