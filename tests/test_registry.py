@@ -33,7 +33,8 @@ def test_a_new_file_is_a_new_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     package = tmp_path / "things_of_a_test"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "first.py").write_text("class _Hidden: ...\nclass First: ...\n")
+    source = "from decimal import Decimal\nclass Zero: ...\nclass First: ...\nclass _Hidden: ...\n"
+    (package / "first.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     assert kinds("things_of_a_test") == ["first"]
     assert lookup("things_of_a_test", "first").__name__ == "First"

@@ -7,10 +7,13 @@ Tensors of safetensors and torch files are views of the file until they are copi
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dictlearn.types import FormatError
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and extra field
+LOCAL_SIGNATURE = b"PK\x03\x04"
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,10 +71,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file as float32, with exactly the keys and shapes given, all finite."""
+    """The tensors of a safetensors file, with exactly the keys and shapes given, all finite."""
     tensors = load_tensors(path)
     check_tensors(path, tensors, shapes)
-    return {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
+    return tensors
 
 
 def encoder_sizes(path: Path, tensors: Mapping[str, Any], key: str) -> tuple[int, int]:
@@ -90,20 +100,44 @@ def check_tensors(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, t
             raise FormatError(
                 f"{path}: {key} must hold real numbers, found {tensors[key].dtype} {tensors[key].layout}."
             )
-        if tensors[key].numel() and not all(bound.isfinite() for bound in tensors[key].aminmax()):
+        if not is_finite(tensors[key]):
             raise FormatError(f"{path}: {key} has values that are not finite.")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; without a copy, in whatever order of axes they are stored."""
+    if not tensor.numel():
+        return True
+    in_order = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    return all(bool(bound.isfinite()) for bound in in_order.aminmax())
+
+
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of numbers in an npz file. Raises FormatError where it is none, or holds objects."""
+    """The arrays of numbers in an npz file. Raises FormatError where it is none, or holds objects.
+
+    Arrays that are not compressed are views of the file.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+            assert file.zip is not None
+            stored = {info.filename: info for info in file.zip.infolist()}
+            arrays = {
+                key: _stored_array(path, stored[f"{key}.npy"]) if f"{key}.npy" in stored else None
+                for key in file.files
+            }
+            arrays = {key: file[key] if array is None else array for key, array in arrays.items()}
     except (
         OSError,
         ValueError,
         EOFError,
         KeyError,
+        OverflowError,
+        MemoryError,
+        RuntimeError,
+        SyntaxError,
+        TokenError,
+        struct.error,
+        zlib.error,
         zipfile.BadZipFile,
         zipfile.LargeZipFile,
         NotImplementedError,
@@ -116,6 +150,30 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         key: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
         for key, array in arrays.items()
     }
+
+
+def _stored_array(path: Path, member: zipfile.ZipInfo) -> np.ndarray | None:
+    """A view of an array that is stored as it is, its checksum compared; None where numpy has to read it."""
+    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+        return None
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        local = file.read(LOCAL_HEADER.size)
+        signature, name_length, extra_length = LOCAL_HEADER.unpack(local)
+        if signature != LOCAL_SIGNATURE:
+            raise zipfile.BadZipFile(f"no local header of {member.filename}")
+        start = member.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        if zlib.crc32(np.memmap(path, np.uint8, "r", start, (member.file_size,)).data) != member.CRC:
+            raise zipfile.BadZipFile(f"bad checksum of {member.filename}")
+        file.seek(start)
+        version = np.lib.format.read_magic(file)
+        if version not in NPY_HEADERS:
+            return None
+        shape, fortran, dtype = NPY_HEADERS[version](file)
+        offset = file.tell()
+    if dtype.hasobject or not shape:
+        return None
+    return np.memmap(path, dtype, "c", offset, shape, "F" if fortran else "C")
 
 
 def read_torch(path: Path) -> dict[str, Any]:
