@@ -31,6 +31,12 @@ NPY_HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 
+DAMAGED = (  # what numpy and torch raise of files that are cut off or have other bytes
+    *(OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, MemoryError, RuntimeError, SyntaxError, TokenError, UnpicklingError),
+    *(struct.error, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile),
+)
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; FormatError if the file is missing, not JSON or not an object."""
@@ -42,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
     except RecursionError:
         raise FormatError(f"{path} is not valid JSON: nested too deeply.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a JSON object, found {type(content).__name__}.")
@@ -126,22 +132,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 for key in file.files
             }
             arrays = {key: file[key] if array is None else array for key, array in arrays.items()}
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        OverflowError,
-        MemoryError,
-        RuntimeError,
-        SyntaxError,
-        TokenError,
-        struct.error,
-        zlib.error,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        NotImplementedError,
-    ) as error:
+    except DAMAGED as error:
         why = "it holds Python objects" if "allow_pickle" in str(error) else str(error)
         raise FormatError(f"{path} is not a whole npz file of arrays: {why}.") from None
     if odd := sorted(key for key, array in arrays.items() if not np.issubdtype(array.dtype, np.floating)):
@@ -180,7 +171,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     """The mapping in a file of torch.save; FormatError where there is none, or code would have to be run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, UnpicklingError) as error:
+    except DAMAGED as error:
         raise FormatError(f"{path} is not a torch file of tensors and plain values: {error}.") from None
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a mapping, found {type(content).__name__}.")
