@@ -6,17 +6,17 @@ import glob
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
+from dictlearn.checks import check_choice
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.codecs.base import WritingCodec
 from dictlearn.hub.files import hub_files, local_files
 from dictlearn.hub.places import CODECS, NATIVE, Place, is_pattern, places, places_at
 from dictlearn.hub.refs import HubRef, parse
 from dictlearn.hub.releases import RELEASES, place_of, published_l0, split_alias
-from dictlearn.registry import lookup
+from dictlearn.registry import kinds, lookup
 from dictlearn.types import DictlearnError
 
 CHOICES = (
@@ -85,9 +85,15 @@ def list_dictionaries(ref: str | Path) -> list[str]:
     return named
 
 
-def save(dictionary: Dictionary, folder: str | Path) -> None:
-    """Write an inference dictionary in the native format."""
-    cast(WritingCodec, lookup(CODECS, NATIVE)()).write(dictionary, Path(folder))
+def save(dictionary: Dictionary, folder: str | Path, format: str = NATIVE) -> None:
+    """Write an inference dictionary into `folder`, in the files of `format`: one of the codecs that write.
+
+    Raises DictlearnError where that format has no dictionaries of this kind; the native one has all.
+    """
+    codecs = {kind: lookup(CODECS, kind)() for kind in kinds(CODECS)}
+    writing = {kind: codec for kind, codec in codecs.items() if isinstance(codec, WritingCodec)}
+    check_choice("format", format, tuple(writing))
+    writing[format].write(dictionary, Path(folder))
 
 
 def _path(ref: object) -> Path:

@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
+from dictlearn.hub import save
 from dictlearn.hub.codecs.circuit_tracer import CircuitTracer
 from dictlearn.hub.files import Files
+from dictlearn.sparsifiers.group_max import GroupMax
+from dictlearn.sparsifiers.jump_relu import JumpReLU
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError, FormatError
+from tests.hub.made import made, same
 
 D, N, K = 6, 18, 3
 THRESHOLD = "activation_function.threshold"
@@ -219,3 +225,69 @@ def test_a_configuration_that_is_none(tmp_path: Path, text: str, capsys: pytest.
     with pytest.raises(FormatError, match=r"config\.yaml"):
         dictlearn.load(tmp_path)
     assert not capsys.readouterr().out
+
+
+MLP, MID = ("mlp_in.2", "mlp_out.2"), ("resid_mid.2", "mlp_out.2")
+WRITTEN: dict[str, tuple[str, Any]] = {
+    "relu": ("mlp.hook_in", lambda: made(ReLU(0.0), MLP, n_latents=N)),
+    "skip": ("hook_resid_mid", lambda: made(ReLU(0.0), MID, n_latents=N, skip=True)),
+    "jump_relu": ("mlp.hook_in", lambda: made(JumpReLU(penalty="l0"), MLP, n_latents=N)),
+    "jump_relu, skip": ("mlp.hook_in", lambda: made(JumpReLU(penalty="l0"), MLP, n_latents=N, skip=True)),
+    "top_k": ("mlp.hook_in", lambda: made(TopK(K), MLP, n_latents=N)),
+    "normalised": (
+        "ln2.hook_normalized",
+        lambda: made(JumpReLU(penalty="l0"), MID, n_latents=N, input_norm="rms_norm"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_is_written(tmp_path: Path, case: str) -> None:
+    """The rule on the files gives what the dictionary does, and they are read as the same dictionary."""
+    hook, make = WRITTEN[case]
+    dictionary = make()
+    save(dictionary, tmp_path, format="circuit_tracer")
+    cfg = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    topk = {"activation": "topk", "k": K} if case == "top_k" else {}
+    assert cfg == {**CONFIG, "feature_input_hook": hook, **topk}
+    w = load_file(tmp_path / "layer_2.safetensors")
+    assert (tuple(w["W_enc"].shape), tuple(w["W_dec"].shape)) == ((N, D), (N, D))
+    x = 2 * torch.randn(50, D)
+    z = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() if "norm" in case else x
+    latents, recon = rule({**w, **({"k": torch.tensor(K)} if topk else {})}, z)
+    torch.testing.assert_close(dictionary.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dictionary(x).recon.double(), recon, atol=2e-5, rtol=1e-5)
+    same(dictlearn.load(tmp_path), dictionary)
+
+
+def test_layers_of_one_set_are_written_side_by_side(tmp_path: Path) -> None:
+    layers = [made(ReLU(0.0), (f"mlp_in.{i}", f"mlp_out.{i}")) for i in range(3)]
+    for dictionary in layers:
+        save(dictionary, tmp_path, format="circuit_tracer")
+    for i, dictionary in enumerate(layers):
+        same(dictlearn.load(tmp_path / f"layer_{i}.safetensors"), dictionary)
+    with pytest.raises(DictlearnError, match=r"config\.yaml is of a set with other values of activation, k: write"):
+        save(made(TopK(K), ("mlp_in.3", "mlp_out.3")), tmp_path, format="circuit_tracer")
+    assert not (tmp_path / "layer_3.safetensors").exists()
+
+
+NOT_WRITTEN: dict[str, tuple[Any, str]] = {
+    "autoencoder": (lambda: made(ReLU(0.0)), "it is an autoencoder"),
+    "group_max": (lambda: made(GroupMax(4), MLP), "its sparsifier is group_max and not relu or jump_relu or top_k"),
+    "two widths": (lambda: made(ReLU(0.0), MLP, (D, 3)), "it reads a width of 6 and writes one of 3"),
+    "other sites": (
+        lambda: made(ReLU(0.0), ("attn_in.2", "attn_out.2")),
+        "it reads attn_in.2 and writes attn_out.2",
+    ),
+    "two layers": (lambda: made(ReLU(0.0), ("mlp_in.2", "mlp_out.3")), "it reads mlp_in.2 and writes mlp_out.3"),
+    "normalised twice": (lambda: made(ReLU(0.0), MLP, input_norm="rms_norm"), "it reads mlp_in.2"),
+    "layer norm": (lambda: made(ReLU(0.0), MID, input_norm="lm_layer_norm"), "it has input_norm=lm_layer_norm"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WRITTEN)
+def test_what_is_not_written(tmp_path: Path, case: str) -> None:
+    make, message = NOT_WRITTEN[case]
+    with pytest.raises(DictlearnError, match=f"circuit-tracer has .* because {message}"):
+        save(make(), tmp_path / "a", format="circuit_tracer")
+    assert not (tmp_path / "a").exists()

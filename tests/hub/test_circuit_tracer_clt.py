@@ -13,7 +13,12 @@ from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries.cross_layer import CrossLayer
-from dictlearn.types import FormatError
+from dictlearn.hub import save
+from dictlearn.sparsifiers.jump_relu import JumpReLU
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import DictlearnError, FormatError
+from tests.hub.made import cross_layer, made, same
 
 L, D, N = 3, 5, 14
 CONFIG = {
@@ -180,3 +185,55 @@ def test_what_a_configuration_may_say(tmp_path: Path, cfg: dict[str, Any], messa
     write(tmp_path, **cfg)
     with pytest.raises(FormatError, match=message):
         dictlearn.load(tmp_path)
+
+
+def layers(kind: str, first: int = 0) -> list[str]:
+    return [f"{kind}.{layer}" for layer in range(first, first + L)]
+
+
+@pytest.mark.parametrize("site", ["mlp_in", "resid_mid"])
+@pytest.mark.parametrize("jump", [False, True])
+def test_what_is_written(tmp_path: Path, jump: bool, site: str) -> None:
+    """The rule on the files gives what the dictionary does, and they are read as the same dictionary."""
+    dictionary = cross_layer(JumpReLU(penalty="l0") if jump else ReLU(0.0), layers(site), layers("mlp_out"))
+    save(dictionary, tmp_path, format="circuit_tracer_clt")
+    hook = {"mlp_in": "mlp.hook_in", "resid_mid": "hook_resid_mid"}[site]
+    cfg = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert cfg == {**CONFIG, "model_name": "org/lm", "feature_input_hook": hook}
+    w: dict[str, Tensor] = {}
+    for i in range(L):
+        own = {f"W_enc_{i}": (N, D), f"b_enc_{i}": (N,), f"b_dec_{i}": (D,)} | (
+            {f"threshold_{i}": (N,)} if jump else {}
+        )
+        encoder, decoder = (load_file(tmp_path / f"W_{end}_{i}.safetensors") for end in ("enc", "dec"))
+        assert {name: tuple(tensor.shape) for name, tensor in encoder.items()} == own
+        assert {name: tuple(tensor.shape) for name, tensor in decoder.items()} == {f"W_dec_{i}": (N, L - i, D)}
+        w |= {name: tensor.double() for name, tensor in (encoder | decoder).items()}
+    x = 2 * torch.randn(30, L, D)
+    latents, recon = rule(w, x)
+    torch.testing.assert_close(dictionary.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dictionary(x).recon.double(), recon, atol=2e-5, rtol=1e-5)
+    same(dictlearn.load(tmp_path), dictionary)
+
+
+NOT_WRITTEN: dict[str, tuple[Any, str]] = {
+    "top_k": (lambda: cross_layer(TopK(3), layers("mlp_in"), layers("mlp_out")), "its sparsifier is top_k"),
+    "skip": (lambda: cross_layer(ReLU(0.0), layers("mlp_in"), layers("mlp_out"), skip=True), "it has a skip path"),
+    "later layers": (
+        lambda: cross_layer(ReLU(0.0), layers("mlp_in", 1), layers("mlp_out", 1)),
+        "it reads mlp_in.1, mlp_in.2, mlp_in.3, and not all layers from 0",
+    ),
+    "other sites": (
+        lambda: cross_layer(ReLU(0.0), layers("attn_in"), layers("attn_out")),
+        "it reads attn_in.0, .* and writes attn_out.0",
+    ),
+    "linear": (lambda: made(ReLU(0.0), ("mlp_in.0", "mlp_out.0")), "it is a linear one"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WRITTEN)
+def test_what_is_not_written(tmp_path: Path, case: str) -> None:
+    make, message = NOT_WRITTEN[case]
+    with pytest.raises(DictlearnError, match=f"cross-layer transcoders .* because {message}"):
+        save(make(), tmp_path / "a", format="circuit_tracer_clt")
+    assert not (tmp_path / "a").exists()

@@ -12,7 +12,13 @@ from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
-from dictlearn.types import FormatError
+from dictlearn.hub import save
+from dictlearn.sparsifiers.group_max import GroupMax
+from dictlearn.sparsifiers.jump_relu import JumpReLU
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import DictlearnError, FormatError
+from tests.hub.made import made, same
 
 D, N, K = 6, 20, 3
 
@@ -220,3 +226,51 @@ def test_a_k_that_cannot_be(tmp_path: Path, k: Tensor) -> None:
     write(tmp_path, "AutoEncoderTopK", {**state("AutoEncoderTopK"), "k": k})
     with pytest.raises(FormatError, match=r"ae.pt: .*k must be"):
         dictlearn.load(tmp_path)
+
+
+WRITTEN: dict[str, Any] = {
+    "AutoEncoderNew": lambda: ReLU(0.0),
+    "AutoEncoderTopK": lambda: TopK(K),
+    "JumpReluAutoEncoder": lambda: JumpReLU(penalty="l0"),
+}
+
+
+@pytest.mark.parametrize(
+    "site", ["resid_post.2", "mlp_out.11", "mlp_in.0", "attn_out.3", "resid_mid.4", "attn_z.1"]
+)
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_what_is_written(tmp_path: Path, kind: str, site: str) -> None:
+    """The rule of the class on the tensors gives what the dictionary does; they are read as the same dictionary."""
+    dictionary = made(WRITTEN[kind](), (site, site), n_latents=N)
+    save(dictionary, tmp_path, format="dictionary_learning")
+    tensors = torch.load(tmp_path / "ae.pt")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in state(kind).items()
+    }
+    trainer = json.loads((tmp_path / "config.json").read_text())["trainer"]
+    assert (trainer["dict_class"], trainer["activation_dim"], trainer["dict_size"]) == (kind, D, N)
+    assert trainer["k"] == (K if kind == "AutoEncoderTopK" else None)
+    x = 2 * torch.randn(50, D)
+    latents, recon = rule(kind, tensors, x)
+    torch.testing.assert_close(dictionary.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dictionary(x).recon.double(), recon, atol=1e-5, rtol=1e-5)
+    loaded = dictlearn.load(tmp_path)
+    same(loaded, dictionary, atol=1e-5 if kind == "AutoEncoderTopK" else 0.0)
+    assert isinstance(loaded, Dictionary)
+    assert loaded.metadata["ctx"] == 64
+
+
+NOT_WRITTEN: dict[str, tuple[Any, str]] = {
+    "group_max": (lambda: made(GroupMax(4)), "its sparsifier is group_max and not relu or top_k or jump_relu"),
+    "transcoder": (lambda: made(TopK(K), ("mlp_in.2", "mlp_out.2")), "it is a transcoder"),
+    "skip": (lambda: made(TopK(K), skip=True), "it has a skip path"),
+    "centred": (lambda: made(TopK(K), input_norm="centre"), "it has input_norm=centre"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WRITTEN)
+def test_what_is_not_written(tmp_path: Path, case: str) -> None:
+    make, message = NOT_WRITTEN[case]
+    with pytest.raises(DictlearnError, match=f"dictionary_learning has .* because {message}"):
+        save(make(), tmp_path / "a", format="dictionary_learning")
+    assert not (tmp_path / "a").exists()

@@ -106,3 +106,10 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text("{broken")
     with pytest.raises(FormatError, match=r"cfg.json is not valid JSON: .* line 1 column 2"):
         dictlearn.load(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["sae_lens", "gemma_scope", "", None])
+def test_formats_that_are_not_written(tmp_path: Path, format: Any) -> None:
+    written = "circuit_tracer, circuit_tracer_clt, dictionary_learning, native, sparsify"
+    with pytest.raises(DictlearnError, match=f"format must be one of {written}, got"):
+        inspect.unwrap(save)(Linear.tiny().for_inference(), tmp_path, format=format)

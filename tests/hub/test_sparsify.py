@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
-from dictlearn.types import FormatError
+from dictlearn.dictionaries.bilinear import Bilinear
+from dictlearn.hub import save
+from dictlearn.sparsifiers.abs_top_k import AbsTopK
+from dictlearn.sparsifiers.batch_top_k import BatchTopK
+from dictlearn.sparsifiers.group_max import GroupMax
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
+from dictlearn.types import DictlearnError, FormatError
+from tests.hub.made import made, same
 
 D, N, K = 6, 24, 4
 CASES: dict[str, dict[str, Any]] = {
@@ -143,3 +151,47 @@ def test_no_second_skip_path(tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "skip_connection": False}))
     with pytest.raises(FormatError, match=r"unexpected \['W_skip'\]"):
         dictlearn.load(tmp_path)
+
+
+MLP = ("mlp_in.2", "mlp_out.2")
+WRITTEN: dict[str, tuple[str, Any]] = {
+    "topk": ("layers.2", lambda: made(TopK(K))),
+    "groupmax": ("layers.2", lambda: made(GroupMax(K))),
+    "skip": ("layers.2.mlp", lambda: made(TopK(K), ("mlp_out.2", "mlp_out.2"), skip=True)),
+    "unit rows": ("embed_tokens", lambda: made(TopK(K), ("embed", "embed"), decoder_norm="unit")),
+    "transcoder": ("layers.2.mlp", lambda: made(TopK(K), MLP)),
+    "skip transcoder": ("layers.2.mlp", lambda: made(GroupMax(K), MLP, skip=True)),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_is_written(tmp_path: Path, case: str) -> None:
+    """The rule on the files gives what the dictionary does, and they are read as the same dictionary."""
+    module, make = WRITTEN[case]
+    dictionary, folder = make(), tmp_path / module
+    save(dictionary, folder, format="sparsify")
+    assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "sae.safetensors"]
+    cfg = json.loads((folder / "cfg.json").read_text())
+    x = 2 * torch.randn(50, D)
+    latents, recon = rule(cfg, {name: t.double() for name, t in load_file(folder / "sae.safetensors").items()}, x)
+    torch.testing.assert_close(dictionary.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dictionary(x).recon.double(), recon, atol=1e-5, rtol=1e-5)
+    same(dictlearn.load(folder), dictionary, atol=1e-5 if dictionary.is_autoencoder else 0.0, lm_name=None)
+
+
+NOT_WRITTEN: dict[str, tuple[Any, str]] = {
+    "relu": (lambda: made(ReLU(0.0)), "its sparsifier is relu and not top_k or group_max"),
+    "signed": (lambda: made(AbsTopK(K)), "its sparsifier is abs_top_k"),
+    "layer_norm": (lambda: made(TopK(K), input_norm="layer_norm"), "it has input_norm=layer_norm"),
+    "two widths": (lambda: made(TopK(K), MLP, (D, 3)), "it reads a width of 6 and writes one of 3"),
+    "bilinear": (lambda: Bilinear.tiny().for_inference(), "it is a bilinear one"),
+    "in training": (lambda: made(BatchTopK(K)), r"call for_inference\(\) first"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WRITTEN)
+def test_what_is_not_written(tmp_path: Path, case: str) -> None:
+    make, message = NOT_WRITTEN[case]
+    with pytest.raises(DictlearnError, match=message):
+        save(make(), tmp_path / "a", format="sparsify")
+    assert not (tmp_path / "a").exists()

@@ -14,12 +14,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 import yaml
 from torch import Tensor
 
 from dictlearn.checks import check_count
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.codecs._writing import check_held, lacks, write_tensors, write_text
 from dictlearn.hub.files import Files
 from dictlearn.hub.refs import HubRef
 from dictlearn.hub.weights import check_tensors, encoder_sizes, load_tensors
@@ -41,7 +43,10 @@ HOOKS = {
 NORMALISED = "ln2.hook_normalized"  # the residual stream behind the MLP's norm, without its gain; of RMS norms
 READ, WRITE = "feature_input_hook", "feature_output_hook"
 KNOWN_K = {"facebook/crv-8b-instruct-transcoders": 128}  # which its configuration does not say
-ACTIVATIONS = ("relu", "jump_relu", "topk")
+PAIR = re.compile(r"(mlp_in|resid_mid)\.(\d+) mlp_out\.\2")  # sites that have names there, of one layer
+READS = {"mlp_in": "mlp.hook_in", "resid_mid": "hook_resid_mid"}
+ACTIVATIONS = {"relu": "relu", "jump_relu": "jump_relu", "topk": "top_k"}  # name there -> sparsifier
+HOLDS = "circuit-tracer has ReLU, JumpReLU and TopK transcoders of MLPs, of one width"
 URI = re.compile(r"hf://([^/]+/[^/]+)/([^?]+)(?:\?revision=([^&]+))?")
 MOST_NAMED = 5
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".ckpt")
@@ -77,6 +82,59 @@ class CircuitTracer:
         input_norm = "rms_norm" if cfg[READ] == NORMALISED else "none"
         sparsifier = _sparsifier(path, config, w, cfg | ({"k": KNOWN_K[repo]} if repo in KNOWN_K else {}))
         return linear(weights, sparsifier, read, write, input_norm=input_norm, metadata=origin(cfg))
+
+    @torch.no_grad()
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        """As one layer of the set in `folder`, whose layers have one configuration. Its TopK has no ReLU, which
+        matters where fewer than k pre-activations are positive.
+        """
+        d, d_out, W_skip = dictionary.d_in, dictionary.d_out, dictionary.W_skip
+        reasons = [
+            *lacks(dictionary, ACTIVATIONS.values(), norms=("none", "rms_norm")),
+            (dictionary.is_autoencoder, "it is an autoencoder"),
+            (d != d_out, f"it reads a width of {d} and writes one of {d_out}"),
+            unnamed(dictionary),
+        ]
+        check_held(HOLDS, dictionary, reasons)
+        cfg = their_config(dictionary, KIND)
+        tensors = {"W_enc": dictionary.W_enc.T, "b_enc": dictionary.b_enc, "W_dec": dictionary.W_dec}
+        tensors["b_dec"] = dictionary.b_dec
+        if W_skip is not None:
+            tensors["W_skip"] = W_skip
+        if dictionary.sparsifier.kind == "jump_relu":
+            tensors[THRESHOLD] = dictionary.get_parameter("sparsifier.threshold")
+        if dictionary.sparsifier.kind == "top_k":
+            cfg |= {"activation": "topk", **dictionary.sparsifier.config()}
+        write_config(folder / CONFIG, cfg)
+        write_tensors(folder / f"layer_{dictionary.reads[0].partition('.')[2]}.safetensors", tensors)
+
+
+def unnamed(dictionary: Dictionary) -> tuple[bool, str]:
+    """Whether the sites have no names there, for `check_held`."""
+    reads, writes = dictionary.reads, dictionary.writes
+    pairs = [PAIR.fullmatch(f"{read} {write}") for read, write in zip(reads, writes, strict=False)]
+    named = all(pair and (pair[1] == "resid_mid" or dictionary.input_norm == "none") for pair in pairs)
+    return not named, f"it reads {', '.join(reads)} and writes {', '.join(writes)}"
+
+
+def their_config(dictionary: Dictionary, kind: str) -> dict[str, Any]:
+    """What the configuration says of a set that this dictionary is in."""
+    return {
+        "model_name": dictionary.metadata.get("lm_name"),
+        "model_kind": kind,
+        READ: NORMALISED if dictionary.input_norm != "none" else READS[dictionary.reads[0].partition(".")[0]],
+        WRITE: "hook_mlp_out",
+    }
+
+
+def write_config(path: Path, cfg: Mapping[str, Any]) -> None:
+    """Raises DictlearnError where there is another one already."""
+    if path.exists() and (found := read_yaml(path)) != cfg:
+        differing = sorted(key for key in {*found, *cfg} if found.get(key) != cfg.get(key))
+        raise DictlearnError(
+            f"{path} is of a set with other values of {', '.join(differing)}: write to another folder."
+        )
+    write_text(path, yaml.safe_dump(dict(cfg), sort_keys=False))
 
 
 def origin(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import LayerSizes, Weights, cross_layer
+from dictlearn.hub.codecs._writing import check_held, lacks, write_tensors
 from dictlearn.hub.codecs.base import folders_with
-from dictlearn.hub.codecs.circuit_tracer import CONFIG, NORMALISED, READ, WRITE, origin, read_yaml, site_kind
+from dictlearn.hub.codecs.circuit_tracer import (
+    CONFIG,
+    NORMALISED,
+    READ,
+    WRITE,
+    origin,
+    read_yaml,
+    site_kind,
+    their_config,
+    unnamed,
+    write_config,
+)
 from dictlearn.hub.files import Files
 from dictlearn.hub.weights import check_tensors, load_tensors, read_shapes
 from dictlearn.sparsifiers.relu import ReLU
@@ -27,6 +40,7 @@ from dictlearn.types import FormatError
 
 ENCODER, DECODER, SKIP = "W_enc_{}.safetensors", "W_dec_{}.safetensors", "W_skip.safetensors"
 KIND = "cross_layer_transcoder"
+HOLDS = "circuit-tracer has ReLU and JumpReLU cross-layer transcoders of MLPs, of one width"
 
 
 class CircuitTracerCLT:
@@ -66,6 +80,32 @@ class CircuitTracerCLT:
             skip=skip is not None,
             metadata=origin(cfg),
         )
+
+    @torch.no_grad()
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        """A skip path is refused, because circuit-tracer does not read it from files."""
+        d, d_out = dictionary.d_in, dictionary.d_out
+        layers = [f"{dictionary.reads[0].partition('.')[0]}.{layer}" for layer in range(len(dictionary.reads))]
+        reasons = [
+            *lacks(dictionary, ("relu", "jump_relu"), kind="cross_layer"),
+            (dictionary.W_skip is not None, "it has a skip path"),
+            (d != d_out, f"it reads a width of {d} and writes one of {d_out}"),
+            unnamed(dictionary),
+            (
+                list(dictionary.reads) != layers,
+                f"it reads {', '.join(dictionary.reads)}, and not all layers from 0",
+            ),
+        ]
+        check_held(HOLDS, dictionary, reasons)
+        write_config(folder / CONFIG, their_config(dictionary, KIND))
+        n = dictionary.n_latents // len(layers)
+        encoders = zip(dictionary.W_enc.T.split(n), dictionary.b_enc.split(n), dictionary.b_dec, strict=True)
+        for i, (W_enc, b_enc, b_dec) in enumerate(encoders):
+            own = {f"W_enc_{i}": W_enc, f"b_enc_{i}": b_enc, f"b_dec_{i}": b_dec}
+            if dictionary.sparsifier.kind == "jump_relu":
+                own[f"threshold_{i}"] = dictionary.get_parameter(f"sparsifier._layers.{i}.threshold")
+            write_tensors(folder / ENCODER.format(i), own)
+            write_tensors(folder / DECODER.format(i), {f"W_dec_{i}": dictionary.decoders[i]})
 
 
 def _pairs(files: Files, place: str) -> list[tuple[Path, Path]]:

@@ -16,6 +16,7 @@ are multiplied by its norm_factor.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,10 @@ from torch import Tensor
 from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.codecs._writing import check_held, lacks, write_text, write_torch
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
+from dictlearn.hub.names import HOOKS
 from dictlearn.hub.weights import check_tensors, encoder_sizes, read_json, read_torch
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
@@ -53,6 +56,8 @@ SHAPES = {  # class -> tensor -> axes: d the width, n the latents, g the groups
 }
 UNCENTRED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 NORMALISED = ("bias", "b_enc", "b_dec", "encoder.bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias")
+CLASSES = {"relu": "AutoEncoderNew", "top_k": "AutoEncoderTopK", "jump_relu": "JumpReluAutoEncoder"}  # written
+HOLDS = "dictionary_learning has ReLU, TopK and JumpReLU autoencoders"
 SITES = {"resid": "resid_post", "resid_post": "resid_post", "attn": "attn_out", "attention": "attn_out"}
 
 
@@ -85,6 +90,54 @@ class DictionaryLearning:
             return _canonical(state, read, write, metadata)
         except DictlearnError as error:
             raise FormatError(f"{path}: {error}") from None
+
+    @torch.no_grad()
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        """ReLU as AutoEncoderNew, TopK as AutoEncoderTopK, JumpReLU as JumpReluAutoEncoder."""
+        reasons = [
+            *lacks(dictionary, CLASSES),
+            (not dictionary.is_autoencoder, "it is a transcoder"),
+            (dictionary.W_skip is not None, "it has a skip path"),
+        ]
+        check_held(HOLDS, dictionary, reasons)
+        write_torch(folder / WEIGHTS, _their_tensors(dictionary))
+        write_text(folder / CONFIG, json.dumps(_their_config(dictionary), indent=4))
+
+
+def _their_tensors(dictionary: Dictionary) -> Mapping[str, Tensor]:
+    W_enc, b_enc, W_dec, b_dec = dictionary.W_enc, dictionary.b_enc, dictionary.W_dec, dictionary.b_dec
+    match CLASSES[dictionary.sparsifier.kind]:
+        case "JumpReluAutoEncoder":
+            plain = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+            return plain | {"threshold": dictionary.get_parameter("sparsifier.threshold")}
+        case "AutoEncoderTopK":
+            k = torch.tensor(dictionary.sparsifier.config()["k"], dtype=torch.int)
+            bias = {"encoder.bias": b_enc + b_dec @ W_enc, "b_dec": b_dec, "k": k, "threshold": torch.tensor(-1.0)}
+        case _:
+            bias = {"encoder.bias": b_enc, "decoder.bias": b_dec}
+    return {"encoder.weight": W_enc.T, "decoder.weight": W_dec.T, **bias}
+
+
+def _their_config(dictionary: Dictionary) -> dict[str, Any]:
+    site, layer = dictionary.reads[0], dictionary.reads[0].rpartition(".")[2]
+    kind = site.partition(".")[0]
+    names = {"mlp_in": "mlp_layer_", "mlp_out": "mlp_out_layer_", "attn_out": "attn_out_layer_"}
+    names["resid_post"] = "resid_post_layer_"
+    trainer = {
+        "dict_class": CLASSES[dictionary.sparsifier.kind],
+        "activation_dim": dictionary.d_in,
+        "dict_size": dictionary.n_latents,
+        "k": dictionary.sparsifier.config().get("k"),
+        "layer": int(layer) if layer.isdigit() else None,
+        "lm_name": dictionary.metadata.get("lm_name"),
+        "submodule_name": f"{names[kind]}{layer}" if kind in names else site,
+    }
+    buffer = {
+        "d_submodule": dictionary.d_in,
+        "io": "in" if kind == "mlp_in" else "out",
+        "ctx_len": dictionary.metadata.get("ctx"),
+    }
+    return {"trainer": trainer, "buffer": buffer}
 
 
 def _state(path: Path, kind: object) -> State:
@@ -158,6 +211,8 @@ def _sites(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> tuple[str, 
     if not isinstance(name, str):
         site = f"resid_post.{layer}" if is_count(layer, 0) else "x"
         return site, site
+    if name.partition(".")[0] in HOOKS and re.fullmatch(r"\w+\.\d+", name):
+        return name, name  # as we write those that have no name there
     found = re.fullmatch(r"(resid|resid_post|attn|attention|mlp)(?:_out)?_(?:layer_?)?(\d+)", name)
     if found is None:
         return "x", "x"

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from dictlearn import __version__
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.codecs._sae_lens import CONFIG, NAMES, NORMS, WEIGHTS, is_before_6, read_sae_lens
+from dictlearn.hub.codecs._writing import check_inference, write_tensors, write_text
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.names import is_hook_name, to_hook_name
@@ -74,19 +74,9 @@ class Native:
         return dictionary.requires_grad_(False).eval()
 
     def write(self, dictionary: Dictionary, folder: Path) -> None:
-        scales = torch.cat([dictionary.read_scale, dictionary.write_scale])
-        folded = torch.equal(scales, torch.ones_like(scales))
-        own = dictionary.sparsifier.for_inference().kind == dictionary.sparsifier.kind
-        if dictionary.inference_kind is not None or not folded or not own:
-            raise DictlearnError("Only inference dictionaries are written: call for_inference() first.")
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(dictionary).items()}
-        partial = folder / f"{WEIGHTS}.part"
-        save_file(tensors, partial)
-        partial.replace(folder / WEIGHTS)
-        partial = folder / f"{CONFIG}.part"
-        partial.write_text(json.dumps(_config(dictionary), indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG)
+        check_inference(dictionary)
+        write_tensors(folder / WEIGHTS, _parameters(dictionary))
+        write_text(folder / CONFIG, json.dumps(_config(dictionary), indent=2) + "\n")
 
 
 def _parameters(dictionary: Dictionary) -> dict[str, nn.Parameter]:

@@ -7,14 +7,19 @@ their signs); recon = latents @ W_dec + b_dec + x @ W_skip.T, with the untouched
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.codecs._writing import check_held, lacks, write_tensors, write_text
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.weights import read_json, read_shapes, read_tensors
@@ -27,6 +32,8 @@ from dictlearn.types import DictlearnError, FormatError
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 RUN = "config.json"  # of the run, in the outermost folder
 ACTIVATIONS: dict[str, Callable[[int], Sparsifier]] = {"topk": TopK, "groupmax": GroupMax}
+WRITTEN = {"top_k": "topk", "group_max": "groupmax"}  # sparsifier -> activation there
+HOLDS = "sparsify has TopK and group-max autoencoders and transcoders, of one width"
 FLAGS = ("transcode", "skip_connection", "signed")
 ATTENTION = ("self_attn", "attention", "attn")
 
@@ -61,10 +68,38 @@ class Sparsify:
             shapes |= {"W_dec": (n, *width), "b_dec": width} | ({"W_skip": (*width, d)} if skip else {})
         w = read_tensors(path, shapes)
         weights = Weights(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"], W_skip=w.get("W_skip"))
-        read, write = _sites(posixpath.basename(place), transcode)
+        read, write = _sites(posixpath.basename(place) or Path(files.where).resolve().name, transcode)
         return linear(
             weights, sparsifier, read, write, b_dec_on_input=not transcode, metadata={"lm_name": _lm_name(files)}
         )
+
+    @torch.no_grad()
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        """The folder's name is that of the module there: `layers.3.mlp` has mlp_out.3, and mlp_in.3 in transcoders.
+
+        Signed latents are not written, as current releases would take them for TopK's.
+        """
+        d, d_out, W_skip = dictionary.d_in, dictionary.d_out, dictionary.W_skip
+        one_width = (d != d_out, f"it reads a width of {d} and writes one of {d_out}")
+        check_held(HOLDS, dictionary, [*lacks(dictionary, WRITTEN), one_width])
+        transcode, bias = not dictionary.is_autoencoder, dictionary.b_enc
+        if not transcode:
+            bias = bias + dictionary.b_dec @ dictionary.W_enc
+        tensors = {"encoder.weight": dictionary.W_enc.T, "encoder.bias": bias}
+        tensors |= {"W_dec": dictionary.W_dec, "b_dec": dictionary.b_dec}
+        write_tensors(folder / WEIGHTS, tensors if W_skip is None else tensors | {"W_skip": W_skip})
+        cfg = {
+            "activation": WRITTEN[dictionary.sparsifier.kind],
+            "expansion_factor": max(dictionary.n_latents // d, 1),  # not used where there is `num_latents`
+            "normalize_decoder": dictionary.decoder_norm == "unit",  # of training
+            "num_latents": dictionary.n_latents,
+            "k": dictionary.sparsifier.config()["k"],
+            "multi_topk": False,
+            "skip_connection": W_skip is not None,
+            "transcode": transcode,
+            "d_in": d,
+        }
+        write_text(folder / CONFIG, json.dumps(cfg))
 
 
 def _flag(cfg: Mapping[str, Any], key: str) -> bool:
