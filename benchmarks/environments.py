@@ -15,6 +15,7 @@ PACKAGES = {
     "dictionary_learning": "dictionary-learning==0.1.0",
     "sparsify": "eai-sparsify==1.3.3",
 }
+READERS = {"circuit_tracer": "circuit-tracer==0.5.0"}  # it reads dictionaries and trains none
 FOLDER = Path(os.environ.get("DICTLEARN_CACHE") or Path.home() / ".cache" / "dictlearn") / "benchmarks"
 
 
@@ -27,19 +28,20 @@ def python_of(peer: str) -> str:
 
     Raises Unavailable with the last line of what pip says.
     """
-    if peer not in PACKAGES:
+    package = {**PACKAGES, **READERS}.get(peer)
+    if package is None:
         return sys.executable
     folder = FOLDER / peer
     python = folder / "bin" / "python"
-    done = folder / PACKAGES[peer]
+    done = folder / package
     if done.exists():
         return str(python)
-    print(f"Installing {PACKAGES[peer]} into {folder}", file=sys.stderr)
+    print(f"Installing {package} into {folder}", file=sys.stderr)
     if _torch_is_here():  # the peer uses the torch of this interpreter, so that the same build is compared
         venv.create(folder, with_pip=True, system_site_packages=True)
     else:
         venv.create(folder, with_pip=True)
-    wanted = [f"torch=={torch.__version__.partition('+')[0]}", PACKAGES[peer]]
+    wanted = [f"torch=={torch.__version__.partition('+')[0]}", package]
     pip = subprocess.run(
         [str(python), "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True, check=False
     )
