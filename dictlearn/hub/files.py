@@ -6,13 +6,15 @@ there is. Whatever is named, in a reference or in a downloaded file, lies below 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir
+from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -147,12 +149,33 @@ def _cached_files(ref: HubRef, where: str, reason: str) -> Files:
 
 def _in_repository(repo: str, commit: str, names: tuple[str, ...], where: str) -> Files:
     def fetch(name: str) -> Path:
+        kept = try_to_load_from_cache(repo, name, revision=commit)
+        if isinstance(kept, str):
+            return Path(kept)
         try:
-            return Path(hf_hub_download(repo, name, revision=commit))
+            path = Path(hf_hub_download(repo, name, revision=commit))
         except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
             raise DictlearnError(f"Cannot download {name} of {where}: {_first_line(error)}") from error
+        _check_hash(path, name, where)
+        return path
 
     return Files(where, names, fetch, {"repo": repo, "revision": commit})
+
+
+def _check_hash(path: Path, name: str, where: str) -> None:
+    """A large file is kept under its announced sha256; one with another is deleted, and DictlearnError raised."""
+    announced = path.resolve().name
+    if not re.fullmatch(r"[0-9a-f]{64}", announced):
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != announced:
+        path.resolve().unlink()
+        path.unlink()
+        raise DictlearnError(
+            f"{name} of {where} came with other content than announced (sha256 {found}, announced {announced}), "
+            "and was deleted: try again; if it happens again, its repository is damaged."
+        )
 
 
 def _first_line(error: Exception) -> str:

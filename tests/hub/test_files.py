@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ REPOSITORIES = {
     "someone/closed": Repository({}, refuses=(401, "GatedRepo")),
     "someone/down": Repository({}, refuses=(503, "")),
     "someone/dropped": Repository({"a.bin": CONTENT}, drops="a.bin"),
+    "someone/lying": Repository({"a.bin": CONTENT, "b.bin": CONTENT}, lies="a.bin"),
 }
 
 
@@ -102,6 +104,26 @@ def test_a_file_that_ends_half_way_is_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("server")
+def test_a_file_of_another_hash_is_no_file(tmp_path: Path) -> None:
+    found = hub_files(HubRef("someone/lying"))
+    announced, is_one = hashlib.sha256(b"another").hexdigest(), hashlib.sha256(CONTENT).hexdigest()
+    message = rf"a\.bin of someone/lying came with other content .*sha256 {is_one}, announced {announced}"
+    with pytest.raises(DictlearnError, match=message):
+        found.path("a.bin")
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size]
+    assert not [path for path in kept if "snapshots" in path.parts or "blobs" in path.parts]
+    assert found.path("b.bin").read_bytes() == CONTENT
+
+
+def test_a_file_in_the_cache_is_not_asked_for_again(server: Hub) -> None:
+    hub_files(HubRef("someone/tiny")).path("layer_1/numbers.bin")
+    n_requests = len(server.requests)
+    again = hub_files(HubRef("someone/tiny"))
+    assert again.path("layer_1/numbers.bin").read_bytes() == CONTENT
+    assert server.requests[n_requests:] == ["GET /api/models/someone/tiny"]
+
+
+@pytest.mark.usefixtures("server")
 def test_no_other_file_is_asked_for() -> None:
     with pytest.raises(DictlearnError, match=r"someone/tiny has no file '\.\./secret'"):
         hub_files(HubRef("someone/tiny")).path("../secret")
@@ -123,7 +145,7 @@ def test_a_dictionary_of_the_hub(server: Hub, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("server")
 def test_which_dictionary_of_the_hub_is_asked_back() -> None:
     with pytest.raises(
-        DictlearnError, match="someone/two holds 2 dictionaries: name the path of one, .*; a, deep/b"
+        DictlearnError, match=r"someone/two holds 2 dictionaries: name the path of one, .*; a, deep/b"
     ):
         dictlearn.load("someone/two")
     with pytest.raises(DictlearnError, match=r"someone/two has no 'b'; it has a, deep/b"):
