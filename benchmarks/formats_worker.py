@@ -1,4 +1,4 @@
-"""A peer writes and reads dictionaries with its own code: `python benchmarks/formats_worker.py PEER write|read FOLDER`.
+"""A peer writes or reads dictionaries with its own code: `python benchmarks/formats_worker.py PEER ACTION FOLDER`.
 
 `write` makes each kind of peers/formats_PEER.py in random weights: the peer's files in FOLDER/KIND, and in
 FOLDER/KIND.npz inputs `x`, and `latents` and `recon` as the peer computes them. `read` loads FOLDER/KIND wherever

@@ -1,11 +1,11 @@
-"""Files of SAELens, dictionary_learning, sparsify and circuit-tracer, both ways: `python benchmarks/peers_formats.py`.
+"""Files of the peers, both ways: `python benchmarks/peers_formats.py`.
 
-Each peer, in an environment of its own, writes tiny dictionaries of random weights of every kind it has, and we read
-them; we write what we have read in the peer's format, and the peer reads that. What the reader computes on random
-inputs is compared with what the writer does: the largest difference of latents and of reconstructions, as a share
-of the largest value, which must be at most 1e-5. Dictionaries that a peer lacks must be refused, when we write them
-or when it reads them. Prints a table, writes benchmarks/results/peers_formats.json, and exits with 1 where that does
-not hold.
+SAELens, dictionary_learning, sparsify and circuit-tracer, each in an environment of its own, write tiny dictionaries
+of random weights of every kind that they have, and we read them; we write what we have read in the peer's format, and
+the peer reads that. What the reader computes on random inputs is compared with what the writer does: the largest
+difference of latents and of reconstructions, as a share of the largest value, which must be at most 1e-5.
+Dictionaries that a peer lacks must be refused, when we write them or when it reads them. Prints a table, writes
+benchmarks/results/peers_formats.json, and exits with 1 where that does not hold.
 """
 
 from __future__ import annotations
@@ -50,16 +50,21 @@ REFUSED = {  # of what the peers write, this is refused: the direction, by peer 
     ("saelens", "standard (expected_average_only_in)"): THEY,
     ("saelens", "matching_pursuit"): THEY,
     ("saelens", "temporal"): THEY,
+    ("circuit_tracer", "JumpReLU set (thresholds below 0)"): THEY,
+    ("circuit_tracer", "JumpReLU cross-layer (thresholds below 0)"): THEY,
     ("circuit_tracer", "TopK set"): WE,
 }
+LACKING = "what it has not"
 NOTES = [
-    "dictionary_learning: its loader gives the decoders of AutoEncoder unit norm, and what it loads back counts. We "
-    "write Gated, BatchTopK and Matryoshka dictionaries as its JumpReluAutoEncoder, ReLU ones as AutoEncoderNew.",
-    "SAELens: we write gated dictionaries as jumprelu.",
-    "sparsify: 1.3.3 has no signed latents any more and would take them for TopK's, so they are not written.",
-    "circuit-tracer: on PyPI is a fork, 0.5.0. Its TopK keeps k in no file and its loader takes such sets for ReLU "
-    "ones (the original reads them since 2026), so none is written. It has a skip path of cross-layer transcoders, "
-    "which it neither saves nor loads. Its JumpReLU lets latents be negative where a threshold is; ours never are.",
+    "SAELens: gated dictionaries are written as jumprelu. Its converters of other formats, some of them wrong, are "
+    "not used: each format is written and read by its own peer.",
+    "dictionary_learning: its loader gives the decoders of AutoEncoder unit norm, and what it loads back counts. "
+    "Gated, BatchTopK and Matryoshka dictionaries are written as its JumpReluAutoEncoder, ReLU as AutoEncoderNew.",
+    "sparsify: 1.3.3 has no signed latents any more and takes them for TopK's, so they are not written.",
+    "circuit-tracer: what PyPI has is a fork, 0.5.0. It saves no k, and loads sets whose configuration says TopK as "
+    "ReLU ones (the original loads them since April 2026), so none is written. It neither saves nor loads the skip "
+    "path that its cross-layer transcoders have. Its JumpReLU lets latents be negative where the threshold is, "
+    "and such files are refused.",
 ]
 
 
@@ -113,7 +118,7 @@ def read_theirs(folder: Path, kind: str) -> tuple[Exchange, list[Dictionary]]:
     try:
         layers = layers_of(folder / kind)
     except DictlearnError as error:
-        return Exchange(refused=f"by us: {error}"), []
+        return Exchange(refused=f"by us: {error}".replace(f"{folder}{os.sep}", "")), []
     with np.load(folder / f"{kind}.npz") as theirs:
         return Exchange(difference(theirs, compute(layers, torch.from_numpy(theirs["x"])))), layers
 
@@ -130,8 +135,9 @@ def write_ours(peer: str, layers: Sequence[Dictionary], folder: Path, kind: str)
             save(layer, folder / kind, format=FORMATS[peer] + of_layers)
     except DictlearnError as error:
         shutil.rmtree(folder / kind, ignore_errors=True)
-        return Exchange(refused=f"by us: {error}")
-    np.savez(folder / f"{kind}.npz", x=x.numpy(), **compute(layers, x))
+        return Exchange(refused=f"by us: {error}".replace(f"{folder}{os.sep}", ""))
+    computed = compute(layers, x)
+    np.savez(folder / f"{kind}.npz", x=x.numpy(), latents=computed["latents"], recon=computed["recon"])
     return None
 
 
@@ -143,11 +149,17 @@ def exchange(peer: str, work: Path) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for kind, failed in run_peer(peer, "write", theirs).items():
         found, layers = (Exchange(refused=f"by the peer: {failed}"), []) if failed else read_theirs(theirs, kind)
-        name = kind.partition(",")[0]
-        rows[kind] = {"peer": peer, "kind": kind, "expected": REFUSED.get((peer, name)), THEY: found}
+        group = kind.partition(",")[0]
+        rows[kind] = {
+            "peer": peer,
+            "group": group,
+            "kind": kind,
+            "expected": REFUSED.get((peer, group)),
+            THEY: found,
+        }
         rows[kind][WE] = write_ours(peer, layers, ours, kind) if layers else Exchange()
     for kind, dictionary in lacking(peer).items():
-        rows[kind] = {"peer": peer, "kind": kind, "expected": WE, THEY: Exchange()}
+        rows[kind] = {"peer": peer, "group": LACKING, "kind": kind, "expected": WE, THEY: Exchange()}
         rows[kind][WE] = write_ours(peer, [dictionary], ours, kind)
     for kind, failed in run_peer(peer, "read", ours).items():
         if failed:
@@ -160,16 +172,18 @@ def exchange(peer: str, work: Path) -> list[dict[str, Any]]:
 
 def is_right(row: Mapping[str, Any]) -> bool:
     """Nothing is refused but what is expected to be, and what is not refused is the same."""
+    ways = {way: row[way] for way in (THEY, WE) if row[way] != Exchange()}
     return all(
-        row["expected"] == way if row[way].refused else not (row[way].difference or 0.0) > MOST_DIFFERENCE
-        for way in (THEY, WE)
-    ) and not any(np.isnan(row[way].difference or 0.0) for way in (THEY, WE))
+        row["expected"] == way if found.refused else found.difference <= MOST_DIFFERENCE
+        for way, found in ways.items()
+    )
 
 
 def cell(exchanges: Sequence[Exchange]) -> str:
     """The largest difference of several variants."""
-    if refused := next((found.refused for found in exchanges if found.refused), None):
-        return f"refused {'by us' if refused.startswith('by us') else 'there'}"
+    if refused := [found.refused for found in exchanges if found.refused]:
+        by_us = {text.startswith("by us") for text in refused}
+        return "refused" if len(by_us) == 2 else "refused by us" if True in by_us else "refused there"
     differences = [found.difference for found in exchanges if found.difference is not None]
     return f"{np.max(differences):.1e}" if differences else "-"
 
@@ -177,20 +191,19 @@ def cell(exchanges: Sequence[Exchange]) -> str:
 def show(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) -> None:
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        grouped.setdefault((row["peer"], row["kind"].partition(",")[0]), []).append(row)
+        grouped.setdefault((row["peer"], row["group"]), []).append(row)
     lines = [
-        [peer, kind, str(len(own)), *(cell([row[way] for row in own]) for way in (THEY, WE))]
-        for (peer, kind), own in grouped.items()
+        [f"{peer}: {group}", str(len(own)), *(cell([row[way] for row in own]) for way in (THEY, WE))]
+        for (peer, group), own in grouped.items()
     ]
-    lines += [[peer, why, "-", "-", "-"] for peer, why in absent.items()]
-    print(table("Largest difference, as a share", ["peer", "kind", "variants", THEY, WE], lines))
+    lines += [[f"{peer}: {why}", "-", "-", "-"] for peer, why in absent.items()]
+    print(table("Largest difference, as a share of the largest value", ["peer: kind", "variants", THEY, WE], lines))
     print("\nRefused:")
     for row in rows:
         for way in (THEY, WE):
             if row[way].refused:
-                print(f"  {row['peer']}, {row['kind']}: {row[way].refused}")
-    for note in NOTES:
-        print(note)
+                print(f"  {row['peer']}: {row['kind']}: {row[way].refused}")
+    print("", *NOTES, sep="\n")
     for row in rows:
         if not is_right(row):
             print(f"NOT RIGHT: {row}")

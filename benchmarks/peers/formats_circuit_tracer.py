@@ -30,7 +30,7 @@ def jump_relu() -> JumpReLU:
     return JumpReLU(torch.ones(N_LATENTS), 0.1)
 
 
-def transcoders(activation: Callable[[], Any], read: str, skip: bool = False) -> TranscoderSet:
+def transcoders(activation: Callable[[], Any], read: str = "mlp.hook_in", skip: bool = False) -> TranscoderSet:
     layers = {
         layer: SingleLayerTranscoder(
             activation_function=activation(), layer_idx=layer, skip_connection=skip, **SIZES
@@ -42,7 +42,7 @@ def transcoders(activation: Callable[[], Any], read: str, skip: bool = False) ->
     return made
 
 
-def cross_layer(activation: str, read: str) -> CrossLayerTranscoder:
+def cross_layer(activation: str, read: str = "hook_resid_mid") -> CrossLayerTranscoder:
     made = CrossLayerTranscoder(
         N_LAYERS, activation_function=activation, feature_input_hook=read, lazy_decoder=False, **SIZES
     )
@@ -50,19 +50,24 @@ def cross_layer(activation: str, read: str) -> CrossLayerTranscoder:
     return made
 
 
-KINDS = {
-    f"{name}, {read}": partial(make, *arguments, read, **further)
-    for read in ("mlp.hook_in", "hook_resid_mid")
-    for name, make, arguments, further in [
-        ("ReLU set", transcoders, (lambda: F.relu,), {}),
-        ("ReLU set with skip", transcoders, (lambda: F.relu,), {"skip": True}),
-        ("JumpReLU set", transcoders, (jump_relu,), {}),
-        ("JumpReLU set with skip", transcoders, (jump_relu,), {"skip": True}),
-        ("TopK set", transcoders, (partial(TopK, K),), {}),
-        ("ReLU cross-layer", cross_layer, ("relu",), {}),
-        ("JumpReLU cross-layer", cross_layer, ("jump_relu",), {}),
-    ]
-}
+def below_0(make: Callable[[], Made]) -> Made:
+    made = make()
+    for name, parameter in made.named_parameters():
+        if name.endswith("threshold"):
+            parameter.neg_()
+    return made
+
+
+KINDS: dict[str, Callable[[], Made]] = {}
+for read in ("mlp.hook_in", "hook_resid_mid"):
+    for name, activation in {"ReLU": lambda: F.relu, "JumpReLU": jump_relu}.items():
+        KINDS[f"{name} set, {read}"] = partial(transcoders, activation, read)
+        KINDS[f"{name} set with skip, {read}"] = partial(transcoders, activation, read, skip=True)
+    KINDS[f"ReLU cross-layer, {read}"] = partial(cross_layer, "relu", read)
+    KINDS[f"JumpReLU cross-layer, {read}"] = partial(cross_layer, "jump_relu", read)
+KINDS["TopK set"] = partial(transcoders, partial(TopK, K))
+KINDS["JumpReLU set (thresholds below 0)"] = partial(below_0, partial(transcoders, jump_relu))
+KINDS["JumpReLU cross-layer (thresholds below 0)"] = partial(below_0, partial(cross_layer, "jump_relu"))
 
 
 def save(made: Made, folder: Path) -> Made:

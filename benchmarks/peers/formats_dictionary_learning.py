@@ -42,11 +42,9 @@ def by_trainer(trainer: type, *, normalised: bool = False, threshold: float | No
 
     def save(folder: Path) -> None:
         sizes = {"activation_dim": D, "dict_size": N_LATENTS, "layer": 1, "lm_name": "gpt2", "steps": 100_000}
-        config = {"trainer": made, "device": "cpu", "submodule_name": "resid_post_layer_1", **sizes, **settings}
+        config = {"trainer": made, "device": "cpu", **sizes, **settings}
         batches = [3 * torch.randn(N_TOKENS, D)]
-        trainSAE(
-            batches, [config], 0, save_dir=str(folder), normalize_activations=normalised, device="cpu"
-        )
+        trainSAE(batches, [config], 0, save_dir=str(folder), normalize_activations=normalised, device="cpu")
         for file in (folder / "trainer_0").iterdir():
             shutil.move(file, folder / file.name)
 
@@ -81,9 +79,7 @@ KINDS: dict[str, Callable[[], Save]] = {
     "AutoEncoderTopK, normalised": partial(by_trainer, TopKTrainer, k=K, normalised=True),
     "BatchTopKSAE, BatchTopKTrainer": partial(by_trainer, BatchTopKTrainer, k=K, threshold=THRESHOLD),
     "BatchTopKSAE, no threshold yet": partial(by_trainer, BatchTopKTrainer, k=K),
-    "BatchTopKSAE, normalised": partial(
-        by_trainer, BatchTopKTrainer, k=K, threshold=THRESHOLD, normalised=True
-    ),
+    "BatchTopKSAE, normalised": partial(by_trainer, BatchTopKTrainer, k=K, threshold=THRESHOLD, normalised=True),
     "MatryoshkaBatchTopKSAE, MatryoshkaBatchTopKTrainer": partial(
         by_trainer, MatryoshkaBatchTopKTrainer, k=K, group_fractions=GROUPS, threshold=THRESHOLD
     ),
@@ -91,6 +87,7 @@ KINDS: dict[str, Callable[[], Save]] = {
         by_trainer, MatryoshkaBatchTopKTrainer, k=K, group_fractions=GROUPS, threshold=THRESHOLD, normalised=True
     ),
     "JumpReluAutoEncoder, JumpReluTrainer": partial(by_trainer, JumpReluTrainer),
+    "JumpReluAutoEncoder, thresholds below 0": partial(by_trainer, JumpReluTrainer, threshold=-THRESHOLD),
     "JumpReluAutoEncoder, normalised": partial(by_trainer, JumpReluTrainer, normalised=True),
 }
 

@@ -27,6 +27,12 @@ def make(architecture: str, **settings: Any) -> SAE:
     return made
 
 
+def below_0() -> SAE:
+    made = make("jumprelu")
+    made.threshold.neg_()
+    return made
+
+
 def variants(architecture: str, rescaled: tuple[bool, ...] = ()) -> dict[str, partial[SAE]]:
     """Each normalisation, with b_dec on the input or not, with latents rescaled by decoder norms or not."""
     found = {}
@@ -43,6 +49,7 @@ def variants(architecture: str, rescaled: tuple[bool, ...] = ()) -> dict[str, pa
 KINDS = {
     **variants("standard"),
     **variants("jumprelu"),
+    "jumprelu, thresholds below 0": below_0,
     **variants("gated"),
     **variants("topk", (True, False)),
     **variants("abstopk", (True, False)),

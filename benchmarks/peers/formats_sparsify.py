@@ -24,9 +24,7 @@ def make(activation: str, transcode: bool, skip: bool, by_factor: bool) -> Spars
 
 KINDS = {
     f"{activation} {'transcoder' if transcode else 'autoencoder'}{' with skip' if skip else ''}, "
-    f"{'expansion_factor' if by_factor else 'num_latents'}": partial(
-        make, activation, transcode, skip, by_factor
-    )
+    f"{'expansion_factor' if by_factor else 'num_latents'}": partial(make, activation, transcode, skip, by_factor)
     for activation, transcode, skip, by_factor in product(("topk", "groupmax"), *[(False, True)] * 3)
 }
 
