@@ -15,6 +15,11 @@ HOOKS = {
     "mlp_out": "hook_mlp_out",
 }
 SITES = {hook: site for site, hook in HOOKS.items()}
+NORMALISED = "ln2.hook_normalized"  # the residual stream behind the MLP's norm, without its gain and bias
+NORMS = {  # of language models, by a part of their names: what they read behind, as an input norm
+    r"gemma|llama|qwen|mistral|olmo-?2": "rms_norm",
+    r"gpt2|gpt-neo|pythia|(^|/)opt-": "lm_layer_norm",
+}
 
 
 def to_hook_name(site: str) -> str:
@@ -36,3 +41,8 @@ def from_hook_name(hook: str) -> str:
 def is_hook_name(name: str) -> bool:
     """Whether TransformerLens has this name, and not the LM a module of this path."""
     return name.startswith(("blocks.", "hook_"))
+
+
+def input_norm_of(lm_name: object) -> str | None:
+    """The input norm that makes `NORMALISED` of the residual stream, where the language model is known by name."""
+    return next((norm for part, norm in NORMS.items() if re.search(part, str(lm_name).lower())), None)
