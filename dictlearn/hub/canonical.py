@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub.weights import is_finite
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.types import FormatError
@@ -33,6 +35,7 @@ class Weights(NamedTuple):
 
 @torch.no_grad()
 def linear(
+    path: Path,
     weights: Weights,
     sparsifier: Sparsifier | None,
     read: str,
@@ -44,6 +47,7 @@ def linear(
 ) -> Linear:
     """A frozen linear dictionary in float32; weights are copied once.
 
+    path: the file of the weights, in a message.
     sparsifier: None for relu(pre) where pre exceeds `weights.threshold`; such latents are never negative, so a
         threshold below 0 is one of 0.
     b_dec_on_input: the format's rule takes b_dec off the input before the encoder; folded into b_enc.
@@ -67,15 +71,15 @@ def linear(
     if b_dec_on_input:
         made.b_enc.sub_(made.b_dec @ made.W_enc)
     made.metadata = dict(metadata)
-    check_finite(made)
+    check_finite(path, made)
     return made.requires_grad_(False).eval()
 
 
-def check_finite(dictionary: Dictionary) -> None:
+def check_finite(path: Path, dictionary: Dictionary) -> None:
     """Raise FormatError where finite values of a file have overflowed on their way into the weights."""
     for name, parameter in dictionary.named_parameters():
-        if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax()):
-            raise FormatError(f"The values are too large: {name} would not be finite in {parameter.dtype}.")
+        if not is_finite(parameter.detach()):
+            raise FormatError(f"{path}: the values are too large: {name} would not be finite in {parameter.dtype}.")
 
 
 class Gate(NamedTuple):
@@ -107,6 +111,7 @@ class LayerSizes(NamedTuple):
 
 @torch.no_grad()
 def cross_layer(
+    path: Path,
     sizes: LayerSizes,
     layers: Iterable[Weights],
     sparsifier: Sparsifier | None,
@@ -118,6 +123,7 @@ def cross_layer(
 ) -> CrossLayer:
     """A frozen cross-layer transcoder in float32, from one layer after the other, of which each is copied once.
 
+    path: the first of the files, in a message.
     sparsifier: as in `linear`; each layer has one of its own.
     """
     made = CrossLayer(
@@ -142,5 +148,5 @@ def cross_layer(
             made.W_skip[i].copy_(layer.W_skip)
     made.sparsifier.project_()
     made.metadata = dict(metadata)
-    check_finite(made)
+    check_finite(path, made)
     return made.requires_grad_(False).eval()

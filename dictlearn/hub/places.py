@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
-
-import yaml
 
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.codecs.base import Codec
 from dictlearn.hub.files import Files
 from dictlearn.hub.origin import hf_id, modules_of, stated_l0
+from dictlearn.hub.weights import read_json, read_yaml
 from dictlearn.registry import kinds, lookup
 from dictlearn.types import DictlearnError, FormatError
 
@@ -39,6 +38,12 @@ class Place:
         """For folders and tables: that of its folder on disk, its path in a repository."""
         repo = self.files.source.get("repo")
         return _letters((self.path or repo.partition("/")[2]) if repo else self._on_disk.name)
+
+    @property
+    def full_name(self) -> str:
+        """Where it is, in full."""
+        source = self.files.source
+        return f"{source['repo']}@{source['revision']}:{self.path}" if source else str(self._on_disk)
 
     @property
     def long_name(self) -> str:
@@ -145,7 +150,8 @@ def _letters(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
-def _codecs() -> dict[str, Codec]:
+@cache
+def _codecs() -> Mapping[str, Codec]:
     return {kind: cast(Codec, lookup(CODECS, kind)()) for kind in kinds(CODECS)}
 
 
@@ -153,5 +159,4 @@ def _config(path: Path) -> Mapping[str, Any] | None:
     """A configuration of plain JSON values; None for other files."""
     if path.suffix not in (".json", ".yaml") or path.stat().st_size > MOST_BYTES:
         return None
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
-    return json.loads(json.dumps(read(path.read_text(encoding="utf-8")), default=str))
+    return read_json(path) if path.suffix == ".json" else read_yaml(path)

@@ -7,6 +7,7 @@ Tensors of safetensors and torch files are views of the file until they are copi
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zipfile
 import zlib
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,11 +27,15 @@ from torch import Tensor
 from dictlearn.types import FormatError
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and extra field
-LOCAL_SIGNATURE = b"PK\x03\x04"
+MOST_INFLATED = 1_100  # times what is stored; deflate reaches 1,032
+MOST_VALUES = 100_000  # of a configuration
 NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+NUMPY_FLOATS = (np.float16, np.float32, np.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *INTEGERS)
 
 DAMAGED = (  # what numpy and torch raise of files that are cut off or have other bytes
     *(OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
@@ -53,6 +59,33 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a JSON object, found {type(content).__name__}.")
     return content
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping of values that JSON has as well, others as text; FormatError where there is none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _n_values(content, {}) > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES:,} values")
+        content = json.loads(json.dumps(content, default=str))
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing.") from None
+    except (*DAMAGED, yaml.YAMLError) as error:
+        raise FormatError(f"{path} is not valid YAML: {error}.") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold a mapping, found {type(content).__name__}.")
+    return content
+
+
+def _n_values(value: Any, known: dict[int, int]) -> int:
+    """How many values there are with repeated ones written out, which takes no time that grows with them."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES  # of one that holds itself
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_n_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -99,14 +132,16 @@ def check_tensors(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, t
     if odd := sorted(key for key in shapes if not isinstance(tensors[key], Tensor)):
         raise FormatError(f"{path} must hold tensors; {', '.join(odd)} are not.")
     for key, shape in shapes.items():
-        found = tuple(tensors[key].shape)
+        tensor = tensors[key]
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.dtype not in NUMBERS:
+            raise FormatError(f"{path}: {key} must hold real numbers, found {tensor.dtype} {tensor.layout}.")
+        found = tuple(tensor.shape)
         if found != shape:
             raise FormatError(f"{path}: {key} must have shape {list(shape)}, found {list(found)}.")
-        if tensors[key].layout != torch.strided or tensors[key].is_complex() or tensors[key].is_quantized:
-            raise FormatError(
-                f"{path}: {key} must hold real numbers, found {tensors[key].dtype} {tensors[key].layout}."
-            )
-        if not is_finite(tensors[key]):
+        if not tensor.numel() or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+            stored = 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
+            raise FormatError(f"{path}: {key} must hold values, found {stored} bytes for shape {list(shape)}.")
+        if not is_finite(tensor):
             raise FormatError(f"{path}: {key} has values that are not finite.")
 
 
@@ -124,18 +159,13 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     Arrays that are not compressed are views of the file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            assert file.zip is not None
-            stored = {info.filename: info for info in file.zip.infolist()}
-            arrays = {
-                key: _stored_array(path, stored[f"{key}.npy"]) if f"{key}.npy" in stored else None
-                for key in file.files
-            }
-            arrays = {key: file[key] if array is None else array for key, array in arrays.items()}
+        with zipfile.ZipFile(path) as file:
+            arrays = {m.filename.removesuffix(".npy"): _array(path, file, m) for m in file.infolist()}
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing.") from None
     except DAMAGED as error:
-        why = "it holds Python objects" if "allow_pickle" in str(error) else str(error)
-        raise FormatError(f"{path} is not a whole npz file of arrays: {why}.") from None
-    if odd := sorted(key for key, array in arrays.items() if not np.issubdtype(array.dtype, np.floating)):
+        raise FormatError(f"{path} is not a whole npz file of arrays: {error}.") from None
+    if odd := sorted(key for key, array in arrays.items() if array.dtype.type not in NUMPY_FLOATS):
         raise FormatError(f"{path} must hold arrays of real numbers; {', '.join(odd)} are not.")
     return {
         key: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
@@ -143,28 +173,31 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _stored_array(path: Path, member: zipfile.ZipInfo) -> np.ndarray | None:
-    """A view of an array that is stored as it is, its checksum compared; None where numpy has to read it."""
-    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-        return None
+def _array(path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array, of which there is as much as its header says; a view of the file where it is not compressed."""
+    with file.open(member) as stream:
+        shape, fortran, dtype = NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+        n_header = stream.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    n_bytes = member.file_size - n_header
+    if math.prod(shape) * dtype.itemsize != n_bytes or member.file_size > MOST_INFLATED * member.compress_size:
+        raise ValueError(f"{member.filename} has {n_bytes} bytes, which are not {list(shape)} of {dtype}")
+    if member.compress_type == zipfile.ZIP_STORED and shape and n_bytes:
+        return np.memmap(path, dtype, "c", _start(path, member) + n_header, shape, "F" if fortran else "C")
+    with file.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _start(path: Path, member: zipfile.ZipInfo) -> int:
+    """Where a member that is stored as it is begins in the file; its checksum is compared."""
     with path.open("rb") as file:
         file.seek(member.header_offset)
-        local = file.read(LOCAL_HEADER.size)
-        signature, name_length, extra_length = LOCAL_HEADER.unpack(local)
-        if signature != LOCAL_SIGNATURE:
-            raise zipfile.BadZipFile(f"no local header of {member.filename}")
-        start = member.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        if zlib.crc32(np.memmap(path, np.uint8, "r", start, (member.file_size,)).data) != member.CRC:
-            raise zipfile.BadZipFile(f"bad checksum of {member.filename}")
-        file.seek(start)
-        version = np.lib.format.read_magic(file)
-        if version not in NPY_HEADERS:
-            return None
-        shape, fortran, dtype = NPY_HEADERS[version](file)
-        offset = file.tell()
-    if dtype.hasobject or not shape:
-        return None
-    return np.memmap(path, dtype, "c", offset, shape, "F" if fortran else "C")
+        _, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    start = member.header_offset + LOCAL_HEADER.size + name_length + extra_length
+    if zlib.crc32(np.memmap(path, np.uint8, "r", start, (member.file_size,)).data) != member.CRC:
+        raise zipfile.BadZipFile(f"bad checksum of {member.filename}")
+    return start
 
 
 def read_torch(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dictlearn.checks import check_flag
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.hub.canonical import Weights, check_finite, gate, linear
-from dictlearn.hub.names import from_hook_name
+from dictlearn.hub.names import NORMALISED, from_hook_name, input_norm_of
 from dictlearn.hub.weights import check_tensors
 from dictlearn.registry import lookup
 from dictlearn.sparsifiers import Sparsifier
@@ -73,12 +73,16 @@ def read_sae_lens(cfg: Mapping[str, Any], path: Path, w: Mapping[str, Tensor]) -
         raise DictlearnError(f"architecture must be one of {sorted(ARCHITECTURES)}, got {architecture!r}.")
     kind, autoencoder, skip = ARCHITECTURES[architecture]
     metadata = cfg["metadata"]
-    read = from_hook_name(str(metadata.get("hook_name") or cfg.get("hook_name") or "x"))
+    hook = str(metadata.get("hook_name") or cfg.get("hook_name") or "x")
+    normed = None if autoencoder else re.fullmatch(rf"blocks\.(\d+)\.{re.escape(NORMALISED)}", hook)
+    read = f"resid_mid.{normed[1]}" if normed else from_hook_name(hook)
     write = read if autoencoder else from_hook_name(str(metadata.get("hook_name_out") or "y"))
     centred = is_centred(metadata) and read.partition(".")[0] in CENTRED_SITES
     rescale, b_dec_on_input = _flags(cfg, autoencoder)
     sparsifier = _sparsifier(kind, cfg)
     input_norm = _input_norm(cfg.get("normalize_activations", "none"), centred)
+    if normed:
+        input_norm = _of_the_lm(metadata.get("model_name"), input_norm)
 
     d, n = cfg["d_in"], cfg["d_sae"]
     d_out = d if autoencoder else cfg["d_out"]
@@ -90,8 +94,11 @@ def read_sae_lens(cfg: Mapping[str, Any], path: Path, w: Mapping[str, Tensor]) -
     gates = gate(w["b_gate"], w["r_mag"], w["b_mag"]) if architecture == GATED else None
     b_enc, threshold = (gates.b_enc, gates.threshold) if gates else (w["b_enc"], w.get("threshold"))
     weights = Weights(w["W_enc"], b_enc, w["W_dec"], w["b_dec"], threshold, w.get("W_skip"))
-    made = linear(weights, sparsifier, read, write, input_norm=input_norm, metadata=_metadata(metadata, centred))
+    made = linear(
+        path, weights, sparsifier, read, write, input_norm=input_norm, metadata=_metadata(metadata, centred)
+    )
     _fold(made, gates.growth if gates else None, rescale=rescale, b_dec_on_input=b_dec_on_input)
+    check_finite(path, made)
     return made
 
 
@@ -137,6 +144,17 @@ def _input_norm(mode: object, centred: bool) -> str:
     return "centre" if centred and mode == "none" else str(mode)  # a layer norm centres as well
 
 
+def _of_the_lm(lm_name: object, input_norm: str) -> str:
+    """What a transcoder of `NORMALISED` has for an input norm."""
+    norm = input_norm_of(lm_name)
+    if norm is None or input_norm != "none":
+        raise DictlearnError(
+            f"{NORMALISED} is not supported here because the norm of model_name={lm_name!r} is not known by name, or "
+            "there is another normalisation."
+        )
+    return norm
+
+
 def _metadata(metadata: Mapping[str, Any], centred: bool) -> dict[str, Any]:
     found = {
         "lm_name": metadata.get("model_name"),
@@ -157,4 +175,3 @@ def _fold(made: Linear, growth: Tensor | None, *, rescale: bool, b_dec_on_input:
         made.scale_latents_(norms)
     if b_dec_on_input:
         made.b_enc.sub_(made.b_dec @ made.W_enc)
-    check_finite(made)

@@ -23,8 +23,9 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
 from dictlearn.hub.codecs._writing import check_held, lacks, write_tensors, write_text
 from dictlearn.hub.files import Files
+from dictlearn.hub.names import NORMALISED, input_norm_of
 from dictlearn.hub.refs import HubRef
-from dictlearn.hub.weights import check_tensors, encoder_sizes, load_tensors
+from dictlearn.hub.weights import check_tensors, encoder_sizes, load_tensors, read_yaml
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
@@ -40,7 +41,6 @@ HOOKS = {
     "hook_mlp_out": "mlp_out",
     "mlp.hook_out": "mlp_out",
 }
-NORMALISED = "ln2.hook_normalized"  # the residual stream behind the MLP's norm, without its gain; of RMS norms
 READ, WRITE = "feature_input_hook", "feature_output_hook"
 KNOWN_K = {"facebook/crv-8b-instruct-transcoders": 128}  # which its configuration does not say
 PAIR = re.compile(r"(mlp_in|resid_mid)\.(\d+) mlp_out\.\2")  # sites that have names there, of one layer
@@ -74,14 +74,14 @@ class CircuitTracer:
         if name is None:
             raise _elsewhere(files, place)
         path, config, repo = files.path(place), files.path(name), str(files.source.get("repo", files.where))
-        cfg = _without_config(repo) if posixpath.basename(name) in WANDB else read_yaml(config)
+        cfg = _without_config(f"{repo}/{place}") if posixpath.basename(name) in WANDB else read_yaml(config)
         w = _oriented(path, load_tensors(path))
         layer = posixpath.basename(place).removeprefix("layer_").partition(".")[0]
         read, write = (f"{site_kind(config, cfg, key)}.{layer}" for key in (READ, WRITE))
         weights = Weights(w["W_enc"].T, w["b_enc"], w["W_dec"], w["b_dec"], w.get(THRESHOLD), w.get("W_skip"))
-        input_norm = "rms_norm" if cfg[READ] == NORMALISED else "none"
+        input_norm = input_norm_of(cfg.get("model_name")) or "rms_norm" if cfg[READ] == NORMALISED else "none"
         sparsifier = _sparsifier(path, config, w, cfg | ({"k": KNOWN_K[repo]} if repo in KNOWN_K else {}))
-        return linear(weights, sparsifier, read, write, input_norm=input_norm, metadata=origin(cfg))
+        return linear(path, weights, sparsifier, read, write, input_norm=input_norm, metadata=origin(cfg))
 
     @torch.no_grad()
     def write(self, dictionary: Dictionary, folder: Path) -> None:
@@ -90,7 +90,7 @@ class CircuitTracer:
         """
         d, d_out, W_skip = dictionary.d_in, dictionary.d_out, dictionary.W_skip
         reasons = [
-            *lacks(dictionary, ACTIVATIONS.values(), norms=("none", "rms_norm")),
+            *lacks(dictionary, ACTIVATIONS.values(), norms=("none", "rms_norm", "lm_layer_norm")),
             (dictionary.is_autoencoder, "it is an autoencoder"),
             (d != d_out, f"it reads a width of {d} and writes one of {d_out}"),
             unnamed(dictionary),
@@ -143,17 +143,6 @@ def origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {"lm_name": lm if isinstance(lm, str) else None, "prepend_bos": True}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping of plain values. Raises FormatError where there is none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
-        raise FormatError(f"{path} is not valid YAML: {error}.") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} must hold a mapping, found {type(content).__name__}.")
-    return content
-
-
 def _config(place: str, names: Collection[str]) -> str | None:
     """The configuration beside a layer's file; None for the place of a set that is a configuration alone."""
     if NAME.fullmatch(posixpath.basename(place)) is None:
@@ -162,9 +151,9 @@ def _config(place: str, names: Collection[str]) -> str | None:
     return next((name for name in beside if name in names), None)
 
 
-def _without_config(repo: str) -> dict[str, Any]:
+def _without_config(where: str) -> dict[str, Any]:
     """What the sets that have none are: of Qwen 3, of the size in the repository's name."""
-    size = re.search(r"qwen3-(\d+(?:\.\d+)?)b(?![a-z])", repo)
+    size = re.search(r"qwen3-(\d+(?:\.\d+)?)b(?![a-z])", where)
     lm = f"Qwen/Qwen3-{size[1]}B" if size else None
     return {"model_name": lm, READ: "mlp.hook_in", WRITE: "hook_mlp_out"}
 

@@ -23,18 +23,17 @@ from dictlearn.hub.codecs._writing import check_held, lacks, write_tensors
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.codecs.circuit_tracer import (
     CONFIG,
-    NORMALISED,
     READ,
     WRITE,
     origin,
-    read_yaml,
     site_kind,
     their_config,
     unnamed,
     write_config,
 )
 from dictlearn.hub.files import Files
-from dictlearn.hub.weights import check_tensors, load_tensors, read_shapes
+from dictlearn.hub.names import NORMALISED
+from dictlearn.hub.weights import check_tensors, load_tensors, read_shapes, read_yaml
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.types import FormatError
 
@@ -72,6 +71,7 @@ class CircuitTracerCLT:
         if read == write:
             raise FormatError(f"{config}: {READ} and {WRITE} must be two sites, got {cfg[READ]} and {cfg[WRITE]}.")
         return cross_layer(
+            pairs[0][0],
             sizes,
             _layers(pairs, sizes, jump, skip["W_skip"] if skip else None),
             None if jump else ReLU(l1=0.0),

@@ -87,7 +87,9 @@ class DictionaryLearning:
         read, write = _sites(trainer, buffer)
         metadata = {"lm_name": trainer.get("lm_name"), "ctx": buffer.get("ctx_len")}
         try:
-            return _canonical(state, read, write, metadata)
+            return _canonical(path, state, read, write, metadata)
+        except FormatError:
+            raise
         except DictlearnError as error:
             raise FormatError(f"{path}: {error}") from None
 
@@ -173,7 +175,7 @@ def _shapes(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, t
     return {name: tuple(sizes[axis] for axis in axes) for name, axes in SHAPES[kind].items()}
 
 
-def _canonical(state: State, read: str, write: str, metadata: Mapping[str, Any]) -> Dictionary:
+def _canonical(path: Path, state: State, read: str, write: str, metadata: Mapping[str, Any]) -> Dictionary:
     kind, w = state
     linear_layers = "encoder.weight" in w
     W_enc, W_dec = (w["encoder.weight"].T, w["decoder.weight"].T) if linear_layers else (w["W_enc"], w["W_dec"])
@@ -196,7 +198,7 @@ def _canonical(state: State, read: str, write: str, metadata: Mapping[str, Any])
         case _:
             threshold = w["threshold"].expand(len(b_enc))
     weights = Weights(W_enc, b_enc, W_dec, b_dec, threshold)
-    return linear(weights, sparsifier, read, write, b_dec_on_input=kind not in UNCENTRED, metadata=metadata)
+    return linear(path, weights, sparsifier, read, write, b_dec_on_input=kind not in UNCENTRED, metadata=metadata)
 
 
 def _k(k: Tensor) -> int:

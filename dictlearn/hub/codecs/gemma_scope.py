@@ -44,7 +44,7 @@ class GemmaScope:
         check_tensors(path, tensors, shapes)
         read, write, metadata = _origin(f"{files.source.get('repo', files.where)}/{place}")
         input_norm = "none" if read == write else "rms_norm"
-        return linear(Weights(**tensors), None, read, write, input_norm=input_norm, metadata=metadata)
+        return linear(path, Weights(**tensors), None, read, write, input_norm=input_norm, metadata=metadata)
 
 
 def _origin(where: str) -> tuple[str, str, dict[str, Any]]:

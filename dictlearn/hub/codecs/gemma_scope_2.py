@@ -64,7 +64,7 @@ class GemmaScope2:
         read, write = _sites(cfg, f"{files.where}/{place}".rstrip("/"))
         skip = w[SKIP].T if SKIP in w else None
         weights = Weights(w["w_enc"], w["b_enc"], w["w_dec"], w["b_dec"], w["threshold"], skip)
-        return linear(weights, None, read, write, metadata=_metadata(files))
+        return linear(path, weights, None, read, write, metadata=_metadata(files))
 
 
 def _read_cross_layer(files: Files, place: str) -> Dictionary:
@@ -82,7 +82,9 @@ def _read_cross_layer(files: Files, place: str) -> Dictionary:
     sizes = LayerSizes(w_enc[0], w_dec[2], w_enc[1])
     reads, writes = ([f"{kind}.{layer}" for layer in layers] for kind in FOLDERS["transcoder"])
     skip, metadata = SKIP in first, _metadata(files)
-    return cross_layer(sizes, _layers(paths, sizes, skip), None, reads, writes, skip=skip, metadata=metadata)
+    return cross_layer(
+        paths[0], sizes, _layers(paths, sizes, skip), None, reads, writes, skip=skip, metadata=metadata
+    )
 
 
 def _layers(paths: Sequence[Path], sizes: LayerSizes, skip: bool) -> Iterator[Weights]:

@@ -43,4 +43,4 @@ class Goodfire:
         weights = Weights(
             w[ENCODER].T, w["encoder_linear.bias"], w["decoder_linear.weight"].T, w["decoder_linear.bias"]
         )
-        return linear(weights, ReLU(l1=0.0), site, site, metadata={"lm_name": lm})
+        return linear(path, weights, ReLU(l1=0.0), site, site, metadata={"lm_name": lm})

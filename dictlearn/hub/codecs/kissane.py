@@ -42,7 +42,7 @@ class Kissane:
         check_tensors(path, w, {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)})
         site = from_hook_name(hook)
         metadata = {"lm_name": LM, "ctx": CTX, "prepend_bos": True}
-        return linear(Weights(**w), ReLU(l1=0.0), site, site, b_dec_on_input=True, metadata=metadata)
+        return linear(path, Weights(**w), ReLU(l1=0.0), site, site, b_dec_on_input=True, metadata=metadata)
 
 
 def _config(name: str) -> str:

@@ -68,12 +68,9 @@ class LlamaScope:
             None if sparsifier else torch.full((n,), threshold),
         )
         metadata = {"lm_name": LM, "ctx": CTX, "prepend_bos": True}
-        try:
-            made = linear(weights, sparsifier, *sites, metadata=metadata)
-            _fold(made, read, write, flag(cfg, "sparsity_include_decoder_norm", True))
-            check_finite(made)
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
+        made = linear(path, weights, sparsifier, *sites, metadata=metadata)
+        _fold(made, read, write, flag(cfg, "sparsity_include_decoder_norm", True))
+        check_finite(path, made)
         return made
 
 

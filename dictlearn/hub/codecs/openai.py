@@ -58,6 +58,7 @@ class OpenAI:
         sparsifier = _sparsifier(path, content, n)
         site = _site(f"{files.where}/{place}")
         return linear(
+            path,
             Weights(w["encoder.weight"].T, w["latent_bias"], w["decoder.weight"].T, w["pre_bias"]),
             sparsifier,
             site,

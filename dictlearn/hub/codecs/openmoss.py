@@ -79,12 +79,9 @@ class OpenMOSS:
         except DictlearnError as error:
             raise FormatError(f"{config}: {error}") from None
         scales, metadata = _scales(path, cfg, stored), {"lm_name": lm, "prepend_bos": True}
-        try:
-            made = linear(weights, sparsifier, read, write, input_norm=norm, metadata=metadata)
-            _fold(made, cfg, threshold, *scales)
-            check_finite(made)
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
+        made = linear(path, weights, sparsifier, read, write, input_norm=norm, metadata=metadata)
+        _fold(made, cfg, threshold, *scales)
+        check_finite(path, made)
         return made
 
 

@@ -41,4 +41,4 @@ class Qresearch:
         found = NAME.fullmatch(posixpath.basename(place))
         site, lm = ("x", None) if found is None else (f"resid_post.{found[2]}", f"deepseek-ai/{found[1]}")
         weights = Weights(w["encoder.weight"].T, w["encoder.bias"], w["decoder.weight"].T, w["decoder.bias"])
-        return linear(weights, ReLU(l1=0.0), site, site, metadata={"lm_name": lm, "ctx": CTX})
+        return linear(path, weights, ReLU(l1=0.0), site, site, metadata={"lm_name": lm, "ctx": CTX})

@@ -53,4 +53,4 @@ class QwenScope:
         layer = NAME.fullmatch(posixpath.basename(place))
         site = f"resid_post.{layer[1]}" if layer else "x"
         weights = Weights(w["W_enc"].T, w["b_enc"], w["W_dec"].T, w["b_dec"])
-        return linear(weights, sparsifier, site, site, metadata={"lm_name": f"Qwen/{found[1]}"})
+        return linear(path, weights, sparsifier, site, site, metadata={"lm_name": f"Qwen/{found[1]}"})

@@ -93,6 +93,7 @@ class SAELensLegacy:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{config}: missing or wrong field: {error!r}.") from None
         _fold(made, scale, *factors.values())
+        check_finite(path, made)
         return made
 
 
@@ -165,4 +166,3 @@ def _fold(made: Linear, scale: float, *factors: Tensor) -> None:
     made.b_dec.div_(scale)
     for factor in factors:
         made.W_dec.mul_(factor.unsqueeze(-1))
-    check_finite(made)

@@ -70,7 +70,13 @@ class Sparsify:
         weights = Weights(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"], W_skip=w.get("W_skip"))
         read, write = _sites(posixpath.basename(place) or Path(files.where).resolve().name, transcode)
         return linear(
-            weights, sparsifier, read, write, b_dec_on_input=not transcode, metadata={"lm_name": _lm_name(files)}
+            path,
+            weights,
+            sparsifier,
+            read,
+            write,
+            b_dec_on_input=not transcode,
+            metadata={"lm_name": _lm_name(files)},
         )
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import ClassVar, NoReturn
 
 from dictlearn.hub.codecs.base import folders_with
-from dictlearn.hub.codecs.circuit_tracer import read_yaml
 from dictlearn.hub.files import Files
+from dictlearn.hub.weights import read_yaml
 from dictlearn.types import FormatError
 
 CONFIG, WEIGHTS = "conf.yaml", "latest_ckpt.safetensors"

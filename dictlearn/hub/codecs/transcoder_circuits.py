@@ -75,10 +75,7 @@ class TranscoderCircuits:
             "ctx": ctx if is_count(ctx, 1) else None,
             "prepend_bos": True,
         }
-        try:
-            return linear(weights, ReLU(l1=0.0), read, write, input_norm="lm_layer_norm", metadata=metadata)
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
+        return linear(path, weights, ReLU(l1=0.0), read, write, input_norm="lm_layer_norm", metadata=metadata)
 
 
 def _read(path: Path) -> dict[str, Any]:
