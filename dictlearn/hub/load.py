@@ -57,11 +57,9 @@ def locate(refs: str | Path | Sequence[str | Path]) -> dict[str, Place]:
     several = [refs] if isinstance(refs, str | Path) or not isinstance(refs, Sequence) else refs
     if not several:
         raise DictlearnError(f"The list of dictionaries to find is empty: {CHOICES}.")
-    found: list[Place] = []
-    for ref in several:
-        own = _places(_path(ref))
-        found += [place for place in ([own] if isinstance(own, Place) else own) if place not in found]
-    return _named(found)
+    found = [_places(_path(ref)) for ref in several]
+    listed = [place for own in found for place in ([own] if isinstance(own, Place) else own)]
+    return _named(list({place.full_name: place for place in listed}.values()))
 
 
 def list_dictionaries(ref: str | Path) -> list[str]:
@@ -108,13 +106,26 @@ def _places(ref: Path) -> Place | list[Place]:
     """What a reference names: a dictionary, or a list of them where it is a run folder or a pattern."""
     if not ref.exists() and (found := _on_the_hub(str(ref))) is not None:
         return found
-    if ref.is_file() and ref.name in places(files := local_files(ref.parent)):
-        return Place(files, ref.name)
-    if ref.is_dir() and not (ref / "dictionaries").is_dir():
-        files = local_files(ref)
-        if places(files) or (ref / "cfg.json").exists():
-            return Place(files, places_at(files, "")[0])
-    return [Place(local_files(folder), "") for folder in _folders(ref)]
+    several = not ref.exists() or (ref / "dictionaries").is_dir()
+    paths = [ref] if ref.exists() else [Path(path) for path in sorted(glob.glob(str(ref)))]  # noqa: PTH207
+    if found := [place for path in paths for place in _on_disk(path)]:
+        return found if several else found[0]
+    if ref.is_file():
+        raise DictlearnError(f"{str(ref)!r} is a file, and a dictionary is a folder of files: {CHOICES}.")
+    why = "holds no dictionary" if paths else "does not exist, so it holds no dictionary"
+    raise DictlearnError(f"{str(ref)!r} {why}: {CHOICES}.")
+
+
+def _on_disk(path: Path) -> list[Place]:
+    """Those of a run folder; the one of a file, or of another folder. DictlearnError where there are more."""
+    if path.is_file():
+        files = local_files(path.parent)
+        return [Place(files, path.name)] if path.name in places(files) else []
+    if (path / "dictionaries").is_dir():
+        return [Place(local_files(cfg.parent), "") for cfg in sorted((path / "dictionaries").glob("*/cfg.json"))]
+    files = local_files(path)
+    known = places(files) or (path / "cfg.json").is_file()
+    return [Place(files, place) for place in places_at(files, "")] if known else []
 
 
 def _on_the_hub(ref: str) -> Place | list[Place] | None:
@@ -133,33 +144,11 @@ def _on_the_hub(ref: str) -> Place | list[Place] | None:
     return found if is_pattern(hub_ref.path) else found[0]
 
 
-def _folders(ref: Path) -> list[Path]:
-    """Folders of dictionaries: of a run folder, or of a glob of either."""
-    if ref.is_file():
-        raise DictlearnError(f"{str(ref)!r} is a file, and a dictionary is a folder of files: {CHOICES}.")
-    paths = [ref] if ref.exists() else [Path(path) for path in sorted(glob.glob(str(ref)))]  # noqa: PTH207
-    folders: list[Path] = []
-    for path in paths:
-        if (path / "cfg.json").is_file():
-            folders.append(path.resolve())
-        else:
-            folders += [p.parent.resolve() for p in sorted((path / "dictionaries").glob("*/cfg.json"))]
-    if not folders:
-        found = "holds no dictionary" if paths else "does not exist, so it holds no dictionary"
-        raise DictlearnError(f"{str(ref)!r} {found}: {CHOICES}.")
-    return list(dict.fromkeys(folders))
-
-
 def _named(found: Sequence[Place]) -> dict[str, Place]:
     """By name; where two are equal, each is preceded by the name of its run or repository."""
     counts = Counter(place.name for place in found)
     named = {place.name if counts[place.name] == 1 else place.long_name: place for place in found}
     if len(named) < len(found):
-        listed = sorted(place.files.place(place.path) for place in found)
+        listed = ", ".join(sorted(place.full_name for place in found))
         raise DictlearnError(f"Two dictionaries would have the same name: {listed}.")
     return named
-
-
-def find(refs: str | Path | Sequence[str | Path]) -> dict[str, Path]:
-    """The folders of dictionaries on disk, by name."""
-    return {name: Path(place.files.where) / place.path for name, place in locate(refs).items()}

@@ -196,3 +196,17 @@ def test_a_type_of_no_numbers(tmp_path: Path) -> None:
     save(Linear.tiny().for_inference(), tmp_path)
     with pytest.raises(DictlearnError, match=r"floating type such as torch.bfloat16, got torch.int32"):
         dictlearn.load(tmp_path, dtype=torch.int32)
+
+
+def test_globs_on_disk_are_of_every_format(tmp_path: Path) -> None:
+    for l0 in (22, 82):
+        gemma_scope(tmp_path, l0)
+    folders = f"{tmp_path}/layer_12/width_16k/*"
+    loaded = dictlearn.load(folders)
+    assert isinstance(loaded, dict)
+    assert sorted(loaded) == ["average_l0_22", "average_l0_82"]
+    one = tmp_path / GEMMA[0].format(22)
+    assert list(locate([folders, one, str(one)])) == sorted(loaded)
+    for part in ("", "layer_12"):
+        with pytest.raises(DictlearnError, match=r"holds 2 dictionaries.*: name the path of one"):
+            dictlearn.load(tmp_path / part)
