@@ -1,11 +1,11 @@
 """Files of the peers, both ways: `python benchmarks/peers_formats.py`.
 
-SAELens, dictionary_learning, sparsify and circuit-tracer, each in an environment of its own, write tiny dictionaries
-of random weights of every kind that they have, and we read them; we write what we have read in the peer's format, and
-the peer reads that. What the reader computes on random inputs is compared with what the writer does: the largest
-difference of latents and of reconstructions, as a share of the largest value, which must be at most 1e-5.
-Dictionaries that a peer lacks must be refused, when we write them or when it reads them. Prints a table, writes
-benchmarks/results/peers_formats.json, and exits with 1 where that does not hold.
+SAELens, dictionary_learning, sparsify and circuit-tracer, each in an environment of its own, write tiny
+dictionaries of random weights of every kind that they have, and we read them; we write what we have read in the
+peer's format, and the peer reads that. What the reader computes on random inputs is compared with what the writer
+does: the largest difference of latents and of reconstructions, as a share of the largest value, which must be at
+most 1e-5. Dictionaries that a peer lacks must be refused, when we write them or when it reads them. Prints a table,
+writes benchmarks/results/peers_formats.json, and exits with 1 where that does not hold.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ NOTES = [
     "dictionary_learning: its loader gives the decoders of AutoEncoder unit norm, and what it loads back counts. "
     "Gated, BatchTopK and Matryoshka dictionaries are written as its JumpReluAutoEncoder, ReLU as AutoEncoderNew.",
     "sparsify: 1.3.3 has no signed latents any more and takes them for TopK's, so they are not written.",
-    "circuit-tracer: what PyPI has is a fork, 0.5.0. It saves no k, and loads sets whose configuration says TopK as "
-    "ReLU ones (the original loads them since April 2026), so none is written. It neither saves nor loads the skip "
-    "path that its cross-layer transcoders have. Its JumpReLU lets latents be negative where the threshold is, "
-    "and such files are refused.",
+    "circuit-tracer: what PyPI has is a fork, 0.5.0. It saves no k, and loads sets whose configuration says TopK "
+    "as ReLU ones (the original loads them since April 2026), so none is written. It neither saves nor loads the "
+    "skip path that its cross-layer transcoders have. Its JumpReLU lets latents be negative where the threshold "
+    "is, and such files are refused.",
 ]
 
 
