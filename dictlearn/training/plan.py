@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     tokens_per_step: int
     lm_memory: int
     pool_memory: int
+    store_memory: int  # two parts of the activation store: one in use, one on its way to or from the disk
     dictionary_memory: int
     token_disk: int
     store_disk: int  # of the activation store, whether it is written or read; 0 without one
@@ -74,7 +75,8 @@ def plan(cfg: DictConfig) -> Plan:
         n_steps=n_steps,
         tokens_per_step=per_batch,
         lm_memory=(sum(p.numel() for p in model.parameters()) + logits) * n_bytes,
-        pool_memory=2 * min(SHARD_BYTES, store_disk) + (0 if reads else _pool(text, cfg.stream, width, pooled)),
+        pool_memory=0 if reads else _pool(text, cfg.stream, width, pooled),
+        store_memory=2 * min(SHARD_BYTES, store_disk),
         dictionary_memory=n_parameters * (STATE_BYTES + GRADIENT_BYTES),
         token_disk=n_read * (2 if model.config.get_text_config().vocab_size < 2**16 else 4) if text.is_text else 0,
         checkpoint_disk=2 * n_parameters * STATE_BYTES,  # the old one goes when the new one is whole
@@ -98,6 +100,7 @@ def show(planned: Plan, cfg: DictConfig, console: Console) -> None:
         "steps": f"{planned.n_steps:,} of {planned.tokens_per_step:,} activations",
         "memory: LM": _size(planned.lm_memory),
         "memory: shuffling pool": _size(planned.pool_memory),
+        "memory: parts of data.store": _size(planned.store_memory),
         "memory: dictionaries, gradients, optimizer": _size(planned.dictionary_memory),
         "disk: token rows": f"{_size(planned.token_disk)} (kept for later runs on the same text)",
         "disk: activations of data.store": f"{_size(planned.store_disk)} "
@@ -108,7 +111,7 @@ def show(planned: Plan, cfg: DictConfig, console: Console) -> None:
         f"{_duration(own_seconds)} in the dictionaries), without evaluation",
     }
     if not planned.store_disk:
-        del rows["disk: activations of data.store"]
+        del rows["disk: activations of data.store"], rows["memory: parts of data.store"]
     if not planned.token_disk:
         del rows["disk: token rows"]
     for name, value in rows.items():
