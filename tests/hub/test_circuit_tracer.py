@@ -47,7 +47,7 @@ def write(folder: Path, more: dict[str, Any] | None = None, layer: int = 3, **cf
     dtype = more.pop("dtype", torch.float32)
     shapes: dict[str, Any] = {"W_enc": (N, D), "b_enc": (N,), "W_dec": (N, D), "b_dec": (D,), **more}
     w = {
-        name: shape if isinstance(shape, Tensor) else torch.randn(shape).to(dtype)
+        name: shape if isinstance(shape, Tensor) else weights(name, shape).to(dtype)
         for name, shape in shapes.items()
         if shape is not None
     }
@@ -57,12 +57,16 @@ def write(folder: Path, more: dict[str, Any] | None = None, layer: int = 3, **cf
     return w
 
 
+def weights(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape).abs() if name == THRESHOLD else torch.randn(shape)
+
+
 def rule(w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     w, x = {name: tensor.double() for name, tensor in w.items()}, x.double()
     pre = torch.einsum("ti,li->tl", x, w["W_enc"]) + w["b_enc"]
     latents = pre.relu()
     if THRESHOLD in w:
-        latents = pre * (pre > w[THRESHOLD]) * (pre > 0)
+        latents = pre * (pre > w[THRESHOLD])
     if "k" in w:
         for row in latents:
             row[torch.tensor(sorted(range(N), key=lambda i: float(row[i]))[:-K])] = 0.0
@@ -122,6 +126,17 @@ def test_behind_the_norm_without_its_gain(tmp_path: Path) -> None:
     z = x.double() / (x.double().square().sum(-1, keepdim=True) / D + 1e-6).sqrt()
     loaded = check(dictlearn.load(tmp_path), w, x, z)
     assert (loaded.reads, loaded.writes) == (("resid_mid.3",), ("mlp_out.3",))
+
+
+def test_behind_a_layer_norm_without_its_gain_and_bias(tmp_path: Path) -> None:
+    """Of a language model that is known by name to have one."""
+    w = write(tmp_path / "a", feature_input_hook="ln2.hook_normalized", model_name="openai-community/gpt2")
+    x = 20 * torch.randn(40, D) + 5
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    z = centred / (centred.square().sum(-1, keepdim=True) / D + 1e-5).sqrt()
+    loaded = check(dictlearn.load(tmp_path / "a"), w, x, z)
+    save(loaded, tmp_path / "b", format="circuit_tracer")
+    same(dictlearn.load(tmp_path / "b"), loaded, lm_name="openai-community/gpt2")
 
 
 @pytest.mark.parametrize("name", ["wandb-config.yaml", "wanb-config.yaml"])
@@ -200,6 +215,11 @@ def test_a_set_has_a_file_for_each_layer(tmp_path: Path) -> None:
         ({"k": torch.tensor(0)}, {}, r"layer_3.*k must be a whole number, at least 1, got 0"),
         ({"k": torch.tensor([1, 2])}, {}, "k must be a whole number, at least 1, got None"),
         ({"k": torch.tensor(19)}, {}, "at most n_latents"),
+        (
+            {THRESHOLD: torch.linspace(-1, 9, N)},
+            {},
+            "threshold is not supported because latents would be negative; its least is -1",
+        ),
         ({"k": torch.tensor(2), THRESHOLD: (N,)}, {}, r"must have the tensors of activation=topk; it has \['W_dec"),
         ({}, {"activation": "topk"}, r"config\.yaml: k must be a whole number, at least 1, got None"),
         ({}, {"activation": "topk", "k": 99}, r"config\.yaml: .*k must be at most n_latents = 18, got 99"),
@@ -233,7 +253,6 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "skip": ("hook_resid_mid", lambda: made(ReLU(0.0), MID, n_latents=N, skip=True)),
     "jump_relu": ("mlp.hook_in", lambda: made(JumpReLU(penalty="l0"), MLP, n_latents=N)),
     "jump_relu, skip": ("mlp.hook_in", lambda: made(JumpReLU(penalty="l0"), MLP, n_latents=N, skip=True)),
-    "top_k": ("mlp.hook_in", lambda: made(TopK(K), MLP, n_latents=N)),
     "normalised": (
         "ln2.hook_normalized",
         lambda: made(JumpReLU(penalty="l0"), MID, n_latents=N, input_norm="rms_norm"),
@@ -248,13 +267,12 @@ def test_what_is_written(tmp_path: Path, case: str) -> None:
     dictionary = make()
     save(dictionary, tmp_path, format="circuit_tracer")
     cfg = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    topk = {"activation": "topk", "k": K} if case == "top_k" else {}
-    assert cfg == {**CONFIG, "feature_input_hook": hook, **topk}
+    assert cfg == {**CONFIG, "feature_input_hook": hook}
     w = load_file(tmp_path / "layer_2.safetensors")
     assert (tuple(w["W_enc"].shape), tuple(w["W_dec"].shape)) == ((N, D), (N, D))
     x = 2 * torch.randn(50, D)
     z = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() if "norm" in case else x
-    latents, recon = rule({**w, **({"k": torch.tensor(K)} if topk else {})}, z)
+    latents, recon = rule(w, z)
     torch.testing.assert_close(dictionary.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dictionary(x).recon.double(), recon, atol=2e-5, rtol=1e-5)
     same(dictlearn.load(tmp_path), dictionary)
@@ -266,14 +284,17 @@ def test_layers_of_one_set_are_written_side_by_side(tmp_path: Path) -> None:
         save(dictionary, tmp_path, format="circuit_tracer")
     for i, dictionary in enumerate(layers):
         same(dictlearn.load(tmp_path / f"layer_{i}.safetensors"), dictionary)
-    with pytest.raises(DictlearnError, match=r"config\.yaml is of a set with other values of activation, k: write"):
-        save(made(TopK(K), ("mlp_in.3", "mlp_out.3")), tmp_path, format="circuit_tracer")
+    with pytest.raises(
+        DictlearnError, match=r"config\.yaml is of a set with other values of feature_input_hook: write"
+    ):
+        save(made(ReLU(0.0), ("resid_mid.3", "mlp_out.3")), tmp_path, format="circuit_tracer")
     assert not (tmp_path / "layer_3.safetensors").exists()
 
 
 NOT_WRITTEN: dict[str, tuple[Any, str]] = {
     "autoencoder": (lambda: made(ReLU(0.0)), "it is an autoencoder"),
-    "group_max": (lambda: made(GroupMax(4), MLP), "its sparsifier is group_max and not relu or jump_relu or top_k"),
+    "group_max": (lambda: made(GroupMax(4), MLP), "its sparsifier is group_max and not relu or jump_relu"),
+    "top_k": (lambda: made(TopK(K), MLP), "its sparsifier is top_k"),
     "two widths": (lambda: made(ReLU(0.0), MLP, (D, 3)), "it reads a width of 6 and writes one of 3"),
     "other sites": (
         lambda: made(ReLU(0.0), ("attn_in.2", "attn_out.2")),

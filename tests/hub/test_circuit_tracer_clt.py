@@ -47,6 +47,7 @@ def write(
         shapes: dict[str, tuple[int, ...]] = {f"W_enc_{i}": (N, D), f"b_enc_{i}": (N,), f"b_dec_{i}": (D,)}
         shapes |= {f"threshold_{i}": (N,)} if jump else {}
         encoder = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        encoder |= {name: tensor.abs() for name, tensor in encoder.items() if "threshold" in name}
         decoder = {f"W_dec_{i}": torch.randn(N, L - i, D, generator=generator).to(dtype)}
         save_file(encoder, folder / f"W_enc_{i}.safetensors")
         save_file(decoder, folder / f"W_dec_{i}.safetensors")
@@ -63,7 +64,7 @@ def rule(w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     x, latents = x.double(), []
     for i in range(L):
         pre = torch.einsum("ti,li->tl", x[:, i], w[f"W_enc_{i}"]) + w[f"b_enc_{i}"]
-        latents.append(pre.relu() * (pre > w[f"threshold_{i}"]) if f"threshold_{i}" in w else pre.relu())
+        latents.append(pre * (pre > w[f"threshold_{i}"]) if f"threshold_{i}" in w else pre.relu())
     recon = []
     for target in range(L):
         written = w[f"b_dec_{target}"].expand(len(x), D)
@@ -151,6 +152,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "cut": (
         lambda f: (f / "W_dec_1.safetensors").write_bytes((f / "W_dec_1.safetensors").read_bytes()[:-7]),
         r"W_dec_1\.safetensors is not a whole safetensors file",
+    ),
+    "thresholds below 0": (
+        lambda f: change(f, "W_enc_1.safetensors", threshold_1=torch.linspace(-0.5, 1.0, N)),
+        r"W_enc_1\.safetensors: threshold_1 below 0 is not supported because .*; found -0\.5",
     ),
     "one skip path for all": (
         lambda f: save_file({"W_skip": torch.zeros(D, D)}, f / "W_skip.safetensors"),

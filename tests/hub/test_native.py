@@ -131,7 +131,8 @@ def sae_lens_rule(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         assert cfg["architecture"] in ("standard", "transcoder", "skip_transcoder")
         latents = pre.relu()
-    coded = latents / norms if cfg.get("rescale_acts_by_decoder_norm") else latents
+    rescaled = cfg["architecture"] in ("topk", "abstopk") and cfg["rescale_acts_by_decoder_norm"]
+    coded = latents / norms if rescaled else latents
     recon = coded @ w["W_dec"] + w["b_dec"]
     return latents, (recon + (x @ w["W_skip"].T if "W_skip" in w else 0)) * std + mean
 
@@ -241,7 +242,7 @@ def test_a_jump_relu_of_sae_lens_is_read_by_its_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_gated_one_of_sae_lens_is_read_by_its_rule(tmp_path: Path, bias: bool) -> None:
     """Its latents are those of a JumpReLU."""
-    foreign(tmp_path, architecture="gated", rescale_acts_by_decoder_norm=False, apply_b_dec_to_input=bias)
+    foreign(tmp_path, architecture="gated", apply_b_dec_to_input=bias)
     gates = {name: torch.randn(16) for name in ("b_gate", "r_mag", "b_mag")}
     change_weights(tmp_path, b_enc=None, **gates)
     loaded = dictlearn.load(tmp_path)
@@ -254,6 +255,30 @@ def test_a_gated_one_of_sae_lens_is_read_by_its_rule(tmp_path: Path, bias: bool)
     recon = latents @ w["W_dec"] + w["b_dec"]
     torch.testing.assert_close(loaded(x).recon.double(), recon, rtol=1e-4, atol=1e-4)
     assert loaded.sparsifier.kind == "jump_relu"
+
+
+@pytest.mark.parametrize(
+    ("lm", "norm"), [("gpt2-small", "lm_layer_norm"), ("google/gemma-2-2b", "rms_norm"), ("other", None)]
+)
+def test_a_transcoder_of_sae_lens_behind_a_norm_without_gain(tmp_path: Path, lm: str, norm: str | None) -> None:
+    foreign(tmp_path, architecture="transcoder", d_out=6, apply_b_dec_to_input=False)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    hooks = {"hook_name": "blocks.3.ln2.hook_normalized", "hook_name_out": "blocks.3.hook_mlp_out"}
+    change_cfg(tmp_path, metadata=cfg["metadata"] | hooks | {"model_name": lm})
+    if norm is None:
+        with pytest.raises(FormatError, match=r"cfg\.json: ln2\.hook_normalized is not supported here because"):
+            dictlearn.load(tmp_path)
+        return
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    x = 9 * torch.randn(40, 6) + 4
+    shift = x.double().mean(-1, keepdim=True) if norm == "lm_layer_norm" else 0.0
+    eps = 1e-5 if norm == "lm_layer_norm" else 1e-6
+    z = (x - shift) / ((x.double() - shift).square().sum(-1, keepdim=True) / 6 + eps).sqrt()
+    latents, recon = sae_lens_rule(tmp_path, z)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded(x).recon.double(), recon, rtol=1e-5, atol=1e-5)
+    assert (loaded.reads, loaded.writes, loaded.input_norm) == (("resid_mid.3",), ("mlp_out.3",), norm)
 
 
 def test_latents_rescaled_by_a_decoder_norm_of_zero(tmp_path: Path) -> None:
@@ -303,7 +328,6 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "empty": (lambda f: (f / "cfg.json").write_text(""), "not valid JSON"),
     "not text": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe"), "not valid JSON: 'utf-8' codec"),
     "too deep": (lambda f: (f / "cfg.json").write_text("[" * 200_000), "nested too deeply"),
-    "cfg a folder": (lambda f: as_folder(f / "cfg.json"), "it is none.*Looked for: .*native"),
     "weights a folder": (lambda f: as_folder(f / "sae_weights.safetensors"), "it is none.*Looked for: .*native"),
     "a list": (lambda f: (f / "cfg.json").write_text("[]"), "must hold a JSON object, found list"),
     "wrong shape": (
@@ -366,6 +390,13 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, damage: str) -> None:
     act, message = DAMAGE[damage]
     act(tmp_path)
     with pytest.raises(FormatError, match=message):
+        dictlearn.load(tmp_path)
+
+
+def test_a_folder_instead_of_the_configuration(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    as_folder(tmp_path / "cfg.json")
+    with pytest.raises(DictlearnError, match="holds no dictionary"):
         dictlearn.load(tmp_path)
 
 

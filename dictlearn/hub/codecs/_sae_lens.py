@@ -78,7 +78,7 @@ def read_sae_lens(cfg: Mapping[str, Any], path: Path, w: Mapping[str, Tensor]) -
     read = f"resid_mid.{normed[1]}" if normed else from_hook_name(hook)
     write = read if autoencoder else from_hook_name(str(metadata.get("hook_name_out") or "y"))
     centred = is_centred(metadata) and read.partition(".")[0] in CENTRED_SITES
-    rescale, b_dec_on_input = _flags(cfg, autoencoder)
+    rescale, b_dec_on_input = _flags(cfg, kind, autoencoder)
     sparsifier = _sparsifier(kind, cfg)
     input_norm = _input_norm(cfg.get("normalize_activations", "none"), centred)
     if normed:
@@ -108,9 +108,9 @@ def is_centred(metadata: Mapping[str, Any]) -> bool:
     return isinstance(kwargs, Mapping) and kwargs.get("center_writing_weights") is True
 
 
-def _flags(cfg: Mapping[str, Any], autoencoder: bool) -> tuple[bool, bool]:
+def _flags(cfg: Mapping[str, Any], kind: str, autoencoder: bool) -> tuple[bool, bool]:
     """Whether pre-activations are rescaled by decoder norms, and b_dec is taken off the input."""
-    rescale = cfg.get("rescale_acts_by_decoder_norm", False)
+    rescale = cfg.get("rescale_acts_by_decoder_norm", False) if kind in ("top_k", "abs_top_k") else False
     b_dec_on_input = cfg.get("apply_b_dec_to_input", True)
     check_flag("rescale_acts_by_decoder_norm", rescale)
     check_flag("apply_b_dec_to_input", b_dec_on_input)
@@ -149,8 +149,8 @@ def _of_the_lm(lm_name: object, input_norm: str) -> str:
     norm = input_norm_of(lm_name)
     if norm is None or input_norm != "none":
         raise DictlearnError(
-            f"{NORMALISED} is not supported here because the norm of model_name={lm_name!r} is not known by name, or "
-            "there is another normalisation."
+            f"{NORMALISED} is not supported here because the norm of model_name={lm_name!r} is not known by name, "
+            "or there is another normalisation."
         )
     return norm
 

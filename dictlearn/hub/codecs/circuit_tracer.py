@@ -45,8 +45,9 @@ READ, WRITE = "feature_input_hook", "feature_output_hook"
 KNOWN_K = {"facebook/crv-8b-instruct-transcoders": 128}  # which its configuration does not say
 PAIR = re.compile(r"(mlp_in|resid_mid)\.(\d+) mlp_out\.\2")  # sites that have names there, of one layer
 READS = {"mlp_in": "mlp.hook_in", "resid_mid": "hook_resid_mid"}
-ACTIVATIONS = {"relu": "relu", "jump_relu": "jump_relu", "topk": "top_k"}  # name there -> sparsifier
-HOLDS = "circuit-tracer has ReLU, JumpReLU and TopK transcoders of MLPs, of one width"
+ACTIVATIONS = ("relu", "jump_relu", "topk")
+WRITTEN = ("relu", "jump_relu")  # sparsifiers
+HOLDS = "circuit-tracer has ReLU and JumpReLU transcoders of MLPs, of one width"
 URI = re.compile(r"hf://([^/]+/[^/]+)/([^?]+)(?:\?revision=([^&]+))?")
 MOST_NAMED = 5
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".ckpt")
@@ -79,33 +80,30 @@ class CircuitTracer:
         layer = posixpath.basename(place).removeprefix("layer_").partition(".")[0]
         read, write = (f"{site_kind(config, cfg, key)}.{layer}" for key in (READ, WRITE))
         weights = Weights(w["W_enc"].T, w["b_enc"], w["W_dec"], w["b_dec"], w.get(THRESHOLD), w.get("W_skip"))
-        input_norm = input_norm_of(cfg.get("model_name")) or "rms_norm" if cfg[READ] == NORMALISED else "none"
+        input_norm = _norm_of(cfg.get("model_name")) if cfg[READ] == NORMALISED else "none"
         sparsifier = _sparsifier(path, config, w, cfg | ({"k": KNOWN_K[repo]} if repo in KNOWN_K else {}))
         return linear(path, weights, sparsifier, read, write, input_norm=input_norm, metadata=origin(cfg))
 
     @torch.no_grad()
     def write(self, dictionary: Dictionary, folder: Path) -> None:
-        """As one layer of the set in `folder`, whose layers have one configuration. Its TopK has no ReLU, which
-        matters where fewer than k pre-activations are positive.
+        """As one layer of the set in `folder`, whose layers have one configuration. TopK is refused, because there
+        are releases of circuit-tracer that read such a set as one of ReLU.
         """
         d, d_out, W_skip = dictionary.d_in, dictionary.d_out, dictionary.W_skip
         reasons = [
-            *lacks(dictionary, ACTIVATIONS.values(), norms=("none", "rms_norm", "lm_layer_norm")),
+            *lacks(dictionary, WRITTEN, norms=("none", _norm_of(dictionary.metadata.get("lm_name")))),
             (dictionary.is_autoencoder, "it is an autoencoder"),
             (d != d_out, f"it reads a width of {d} and writes one of {d_out}"),
             unnamed(dictionary),
         ]
         check_held(HOLDS, dictionary, reasons)
-        cfg = their_config(dictionary, KIND)
         tensors = {"W_enc": dictionary.W_enc.T, "b_enc": dictionary.b_enc, "W_dec": dictionary.W_dec}
         tensors["b_dec"] = dictionary.b_dec
         if W_skip is not None:
             tensors["W_skip"] = W_skip
         if dictionary.sparsifier.kind == "jump_relu":
             tensors[THRESHOLD] = dictionary.get_parameter("sparsifier.threshold")
-        if dictionary.sparsifier.kind == "top_k":
-            cfg |= {"activation": "topk", **dictionary.sparsifier.config()}
-        write_config(folder / CONFIG, cfg)
+        write_config(folder / CONFIG, their_config(dictionary, KIND))
         write_tensors(folder / f"layer_{dictionary.reads[0].partition('.')[2]}.safetensors", tensors)
 
 
@@ -135,6 +133,11 @@ def write_config(path: Path, cfg: Mapping[str, Any]) -> None:
             f"{path} is of a set with other values of {', '.join(differing)}: write to another folder."
         )
     write_text(path, yaml.safe_dump(dict(cfg), sort_keys=False))
+
+
+def _norm_of(lm_name: object) -> str:
+    """The input norm of `NORMALISED`: nearly all sets are of language models with RMS norms."""
+    return input_norm_of(lm_name) or "rms_norm"
 
 
 def origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +176,14 @@ def _oriented(path: Path, w: dict[str, Tensor]) -> dict[str, Tensor]:
     shapes = {"W_enc": (n, d_in), "b_enc": (n,), "W_dec": (n, d_out), "b_dec": (d_out,)}
     optional = {"W_skip": (d_out, d_in), THRESHOLD: (n,), "k": tuple(w["k"].shape) if "k" in w else ()}
     check_tensors(path, w, shapes | {key: shape for key, shape in optional.items() if key in w})
+    check_thresholds(path, w, THRESHOLD)
     return w
+
+
+def check_thresholds(path: Path, w: Mapping[str, Tensor], key: str) -> None:
+    """Raise FormatError where there is one below 0, above which latents may be negative in circuit-tracer."""
+    if key in w and (lowest := float(w[key].min())) < 0:
+        raise FormatError(f"{path}: {key} below 0 is not supported because latents would be too; found {lowest:g}.")
 
 
 def _sparsifier(path: Path, config: Path, w: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Sparsifier | None:

@@ -25,6 +25,8 @@ from dictlearn.hub.codecs.circuit_tracer import (
     CONFIG,
     READ,
     WRITE,
+    WRITTEN,
+    check_thresholds,
     origin,
     site_kind,
     their_config,
@@ -87,7 +89,7 @@ class CircuitTracerCLT:
         d, d_out = dictionary.d_in, dictionary.d_out
         layers = [f"{dictionary.reads[0].partition('.')[0]}.{layer}" for layer in range(len(dictionary.reads))]
         reasons = [
-            *lacks(dictionary, ("relu", "jump_relu"), kind="cross_layer"),
+            *lacks(dictionary, WRITTEN, kind="cross_layer"),
             (dictionary.W_skip is not None, "it has a skip path"),
             (d != d_out, f"it reads a width of {d} and writes one of {d_out}"),
             unnamed(dictionary),
@@ -143,6 +145,7 @@ def _layers(
             w[threshold] = w[threshold][0]
         shapes = {f"W_enc_{i}": (n, d_in), f"b_enc_{i}": (n,), f"b_dec_{i}": (d_out,)}
         check_tensors(encoder, w, shapes | ({threshold: (n,)} if jump else {}))
+        check_thresholds(encoder, w, threshold)
         check_tensors(decoder, rows, {f"W_dec_{i}": (n, len(pairs) - i, d_out)})
         W_enc, W_dec = w[f"W_enc_{i}"].T, rows[f"W_dec_{i}"]
         skip = None if W_skip is None else W_skip[i].T
