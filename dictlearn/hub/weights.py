@@ -28,7 +28,7 @@ from dictlearn.types import FormatError
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and extra field
 MOST_INFLATED = 1_100  # times what is stored; deflate reaches 1,032
-MOST_VALUES = 100_000  # of a configuration
+MOST_BYTES, MOST_VALUES = 1_000_000, 100_000  # of a configuration in YAML
 NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -64,6 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping of values that JSON has as well, others as text; FormatError where there is none."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if _n_values(content, {}) > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES:,} values")
