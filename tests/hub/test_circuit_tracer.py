@@ -218,7 +218,7 @@ def test_a_set_has_a_file_for_each_layer(tmp_path: Path) -> None:
         (
             {THRESHOLD: torch.linspace(-1, 9, N)},
             {},
-            "threshold is not supported because latents would be negative; its least is -1",
+            "threshold below 0 is not supported because .*; found -1",
         ),
         ({"k": torch.tensor(2), THRESHOLD: (N,)}, {}, r"must have the tensors of activation=topk; it has \['W_dec"),
         ({}, {"activation": "topk"}, r"config\.yaml: k must be a whole number, at least 1, got None"),
