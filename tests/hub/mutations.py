@@ -98,12 +98,12 @@ def children(value: Any) -> list[tuple[Any, Any]]:
     return [(own, key) for key in keys] + [place for key in keys for place in children(own[key])]
 
 
-def change_tree(tree: Any, other: Callable[[Any], Any], random: Generator) -> Any:
+def change_tree(tree: Any, change: Callable[[Any], Any], random: Generator) -> Any:
     """A value of another type, two that are exchanged, one that is missing or under another name."""
     for _ in some(random):
         places = children(tree)
         if not places or random.random() < 0.03:
-            return other(tree)
+            return change(tree)
         (own, key), (other, place) = one_of(random, places), one_of(random, places)
         match int(random.integers(8)):
             case 0:
@@ -117,9 +117,9 @@ def change_tree(tree: Any, other: Callable[[Any], Any], random: Generator) -> An
             case 4:
                 own[key] = [own[key]]
             case _:
-                own[key] = other(own[key])
+                own[key] = change(own[key])
         if _holds_itself(tree):
-            return other(tree)
+            return change(tree)
     return tree
 
 
