@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.codecs.base import Codec
 from dictlearn.hub.files import Files
@@ -75,12 +76,14 @@ class Place:
         return dictionary
 
     def _origin(self, kind: str, dictionary: Dictionary) -> dict[str, Any]:
-        """The language model's id, the modules of the sites, the L0 published, and the source."""
-        lm = hf_id(dictionary.metadata.get("lm_name"))
+        """The language model's id and contexts, the modules of the sites, the L0 published, and the source."""
+        stated = dictionary.metadata
+        lm, ctx, bos = hf_id(stated.get("lm_name")), stated.get("ctx"), stated.get("prepend_bos")
+        of_text = {"ctx": ctx if is_count(ctx, 1) else None, "prepend_bos": bos if isinstance(bos, bool) else None}
         modules = modules_of(lm, (*dictionary.reads, *dictionary.writes))
         source = self._source(kind)
         l0 = self.published_l0 or stated_l0(self.files.place(self.path), source["config"])
-        return {"lm_name": lm, "modules": modules, "published_l0": l0, "source": source}
+        return {"lm_name": lm, **of_text, "modules": modules, "published_l0": l0, "source": source}
 
     def _format(self) -> str:
         codecs = _codecs()

@@ -75,6 +75,10 @@ def check(loaded: Dictionary) -> None:
     for name, parameter in loaded.named_parameters():
         assert bool(parameter.isfinite().all()), f"{name} is not finite"
     assert all(isinstance(site, str) for site in (*loaded.reads, *loaded.writes))
+    if "source" in loaded.metadata:
+        assert isinstance(loaded.metadata["lm_name"], str | None)
+        assert isinstance(loaded.metadata["ctx"], int | None)
+        assert isinstance(loaded.metadata["prepend_bos"], bool | None)
     sparsifier = lookup("dictlearn.sparsifiers", loaded.sparsifier.kind)(**loaded.sparsifier.config())
     declared = type(loaded)(sparsifier=sparsifier, **loaded.config())
     assert {name: p.shape for name, p in declared.named_parameters()} == {

@@ -144,6 +144,9 @@ def _architecture(dictionary: Dictionary) -> str:
 
 def _build(own: Mapping[str, Any]) -> Dictionary:
     """The dictionary with empty weights."""
+    for key in ("reads", "writes"):
+        if not isinstance(own[key], list) or not all(isinstance(site, str) for site in own[key]):
+            raise DictlearnError(f"{key} must be a list of names of sites, got {own[key]!r}.")
     sparsifier = dict(own["sparsifier"])
     built = lookup("dictlearn.sparsifiers", sparsifier.pop("kind"))(**sparsifier)
     skip = {"version", "kind", "sparsifier", "metadata"}
