@@ -62,9 +62,9 @@ NOTES = [
     "Gated, BatchTopK and Matryoshka dictionaries are written as its JumpReluAutoEncoder, ReLU as AutoEncoderNew.",
     "sparsify: 1.3.3 has no signed latents any more and takes them for TopK's, so they are not written.",
     "circuit-tracer: what PyPI has is a fork, 0.5.0. It saves no k, and loads sets whose configuration says TopK "
-    "as ReLU ones (the original loads them since its pull request 94), so none is written. It neither saves nor loads the "
-    "skip path that its cross-layer transcoders have. Its JumpReLU lets latents be negative where the threshold "
-    "is, and such files are refused.",
+    "as ReLU ones (the original loads them since its pull request 94), so none is written. It neither saves nor "
+    "loads the skip path that its cross-layer transcoders have. Its JumpReLU lets latents be negative where the "
+    "threshold is, and such files are refused.",
 ]
 
 
