@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from dictlearn.choices import is_count
 from dictlearn.types import DictlearnError
+
+LARGEST = sys.float_info.max
 
 
 def check_count(name: str, value: Any, least: int = 1, or_null: bool = False) -> None:
@@ -20,7 +22,7 @@ def check_count(name: str, value: Any, least: int = 1, or_null: bool = False) ->
 def check_number(name: str, value: Any, least: float = 0.0, or_null: bool = False) -> None:
     """Raise DictlearnError unless `value` is a finite number of at least `least` (or null)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (number and least <= value < math.inf) or (or_null and value is None):
+    if (number and least <= value <= LARGEST) or (or_null and value is None):
         return
     null = "null or " if or_null else ""
     raise DictlearnError(f"{name} must be {null}a finite number, at least {least:g}, got {value!r}.")
@@ -29,7 +31,7 @@ def check_number(name: str, value: Any, least: float = 0.0, or_null: bool = Fals
 def check_positive(name: str, value: Any, or_null: bool = False) -> None:
     """Raise DictlearnError unless `value` is a finite number above 0 (or null)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (number and 0 < value < math.inf) or (or_null and value is None):
+    if (number and 0 < value <= LARGEST) or (or_null and value is None):
         return
     null = " or null" if or_null else ""
     raise DictlearnError(f"{name} must be a positive number{null}, got {value!r}.")

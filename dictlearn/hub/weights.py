@@ -147,6 +147,13 @@ def check_tensors(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, t
             raise FormatError(f"{path}: {key} has values that are not finite.")
 
 
+def number_in(value: object) -> int | float | None:
+    """A number, or the one in a tensor; None for anything else."""
+    if isinstance(value, Tensor) and value.dtype in NUMBERS and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite; without a copy, in whatever order of axes they are stored."""
     if not tensor.numel():

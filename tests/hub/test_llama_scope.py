@@ -145,7 +145,7 @@ NO_NORM = {"dataset_average_activation_norm": {"in": 5.0}}
         ({"dataset_average_activation_norm": 3.0}, "must be a positive number"),
         ({"d_model": "6"}, "d_model must be a whole number"),
         ({"d_model": 10**400}, "too large"),
-        ({"jump_relu_threshold": 10**400}, "too large"),
+        ({"jump_relu_threshold": 10**400}, "jump_relu_threshold must be a finite number"),
         ({"d_sae": 0}, "d_sae must be a whole number"),
         ({"act_fn": "topk", "jump_relu_threshold": 0, "top_k": 25}, "at most n_latents = 24, got 25"),
         ({"use_decoder_bias": "no"}, "use_decoder_bias must be true or false"),

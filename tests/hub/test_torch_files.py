@@ -221,7 +221,7 @@ def test_what_is_refused(tmp_path: Path, name: str, capsys: pytest.CaptureFixtur
     [
         ({"activation": "Identity"}, "activation must be ReLU, or TopK with a k in its state; got 'Identity'"),
         ({"activation": "TopK", "activation_state_dict": {}}, "got 'TopK'"),
-        ({"activation": "TopK", "activation_state_dict": {"k": 0}}, "k must be a whole number from 1, got 0"),
+        ({"activation": "TopK", "activation_state_dict": {"k": 0}}, "k must be a whole number, at least 1, got 0"),
         ({"activation": "TopK", "activation_state_dict": {"k": 21}}, "k must be at most"),
         ({}, "got None"),
     ],

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from dictlearn.checks import LARGEST
 from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
@@ -33,7 +34,7 @@ from dictlearn.hub.codecs._writing import check_held, lacks, write_text, write_t
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.names import HOOKS
-from dictlearn.hub.weights import check_tensors, encoder_sizes, read_json, read_torch
+from dictlearn.hub.weights import check_tensors, encoder_sizes, number_in, read_json, read_torch
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError, FormatError
@@ -147,9 +148,10 @@ def _state(path: Path, kind: object) -> State:
     content, factor = read_torch(path), 1.0
     if isinstance(content.get("ae"), dict):  # a backup
         norm = content.get("norm_factor", 1.0)
-        content, factor = content["ae"], float(norm) if isinstance(norm, int | float | Tensor) else 0.0
-        if not 0 < factor < float("inf"):
+        number = number_in(norm)
+        if number is None or not 0 < number <= LARGEST:
             raise FormatError(f"{path}: norm_factor must be a positive number, got {norm!r}.")
+        content, factor = content["ae"], float(number)
     if odd := sorted(str(key) for key, value in content.items() if not isinstance(value, Tensor)):
         raise FormatError(f"{path} must hold tensors alone; {', '.join(odd)} are not.")
     fitting = [name for name, shapes in SHAPES.items() if set(shapes) == set(content)]

@@ -10,15 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
-from dictlearn.choices import is_count
+from dictlearn.checks import check_count
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.canonical import Weights, linear
 from dictlearn.hub.files import Files
-from dictlearn.hub.weights import check_tensors, encoder_sizes, read_torch
+from dictlearn.hub.weights import check_tensors, encoder_sizes, number_in, read_torch
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
@@ -74,11 +74,9 @@ def _sparsifier(path: Path, content: Mapping[str, Any], n_latents: int) -> Spars
         case "ReLU", _:
             return ReLU(l1=0.0)
         case "TopK", {"k": k}:
-            k = k.item() if isinstance(k, Tensor) and k.numel() == 1 else k
             try:
-                if not is_count(k, 1):
-                    raise DictlearnError(f"k must be a whole number from 1, got {k!r}.")
-                sparsifier = TopK(int(k))
+                check_count("k", k := number_in(k))
+                sparsifier = TopK(cast(int, k))
                 sparsifier.bind(n_latents)
             except DictlearnError as error:
                 raise FormatError(f"{path}: {error}") from None
