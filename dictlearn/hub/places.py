@@ -7,7 +7,6 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,7 +152,6 @@ def _letters(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
-@cache
 def _codecs() -> Mapping[str, Codec]:
     return {kind: cast(Codec, lookup(CODECS, kind)()) for kind in kinds(CODECS)}
 
