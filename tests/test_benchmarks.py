@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import json
+from itertools import takewhile
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 from typing import Any
 
@@ -130,6 +132,27 @@ def test_a_contender_that_cannot_run_says_why(load: Any) -> None:
     spec = {"n_threads": 1, "device": "cpu", "n_warmup": 1}
     assert contenders.in_turns({"x": ("missing", spec)}, n_rounds=1, n_steps=1) == {
         "x": {"unavailable": "ModuleNotFoundError: No module named 'fit_missing'"}
+    }
+
+
+def test_a_file_that_ends_the_process_is_one_failure(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzz = load("fuzz")
+    answers = {3: fuzz.LOADED, 4: fuzz.REFUSED, 6: fuzz.REFUSED, 7: "ValueError: x"}  # and 5 crashes
+
+    def run(command: list[str], **_: object) -> CompletedProcess[str]:
+        assert command[2:4] == [fuzz.WORKER, "sparsify"]
+        alive = takewhile(answers.__contains__, range(int(command[4]), int(command[5])))
+        return CompletedProcess(command, -11, "".join(f"{json.dumps(answers[seed])}\n" for seed in alive), "why")
+
+    monkeypatch.setattr(fuzz.subprocess, "run", run)
+    found = fuzz.judge("sparsify", range(3, 8))
+    assert found.pop("seconds") >= 0
+    assert found == {
+        "files": 5,
+        "loaded": 1,
+        "format_errors": 2,
+        "failures": 2,
+        "first_failures": {5: "ended with -11: why", 7: "ValueError: x"},
     }
 
 

@@ -11,7 +11,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from tokenize import TokenError
@@ -35,7 +35,7 @@ NPY_HEADERS = {
 }
 NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *INTEGERS)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 DAMAGED = (  # what numpy and torch raise of files that are cut off or have other bytes
     *(OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
@@ -48,6 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; FormatError if the file is missing, not JSON or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        _text(content)
     except FileNotFoundError:
         raise FormatError(f"{path} is missing.") from None
     except OSError as error:
@@ -69,7 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if _n_values(content, {}) > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES:,} values")
-        content = json.loads(json.dumps(content, default=str))
+        content = json.loads(_text(content))
     except FileNotFoundError:
         raise FormatError(f"{path} is missing.") from None
     except (*DAMAGED, yaml.YAMLError) as error:
@@ -77,6 +78,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a mapping, found {type(content).__name__}.")
     return content
+
+
+def _text(content: object) -> bytes:
+    """In JSON; ValueError where text in it has halves of characters, which could not be printed in a message."""
+    return json.dumps(content, default=str, ensure_ascii=False).encode()
 
 
 def _n_values(value: Any, known: dict[int, int]) -> int:
@@ -126,8 +132,13 @@ def encoder_sizes(path: Path, tensors: Mapping[str, Any], key: str) -> tuple[int
     return encoder.shape[0], encoder.shape[1]
 
 
-def check_tensors(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise FormatError unless there are exactly these keys and shapes, and all values are finite."""
+def check_tensors(
+    path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], integers: Collection[str] = ()
+) -> None:
+    """Raise FormatError unless there are exactly these keys and shapes, and all values are finite.
+
+    integers: keys of those that may hold whole numbers.
+    """
     if set(tensors) != set(shapes):
         missing, extra = sorted(set(shapes) - set(tensors)), sorted(map(str, set(tensors) - set(shapes)))
         raise FormatError(f"{path} must hold {sorted(shapes)}; missing {missing}, unexpected {extra}.")
@@ -135,7 +146,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, t
         raise FormatError(f"{path} must hold tensors; {', '.join(odd)} are not.")
     for key, shape in shapes.items():
         tensor = tensors[key]
-        if tensor.layout != torch.strided or tensor.is_nested or tensor.dtype not in NUMBERS:
+        allowed = (*FLOATS, *INTEGERS) if key in integers else FLOATS
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.dtype not in allowed:
             raise FormatError(f"{path}: {key} must hold real numbers, found {tensor.dtype} {tensor.layout}.")
         found = tuple(tensor.shape)
         if found != shape:
@@ -149,7 +161,12 @@ def check_tensors(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, t
 
 def number_in(value: object) -> int | float | None:
     """A number, or the one in a tensor; None for anything else."""
-    if isinstance(value, Tensor) and value.dtype in NUMBERS and value.numel() == 1 and not value.is_meta:
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in (*FLOATS, *INTEGERS)
+        and value.numel() == 1
+        and not value.is_meta
+    ):
         value = value.item()
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 

@@ -172,7 +172,7 @@ ARRAYS: tuple[Callable[[np.ndarray], Any], ...] = (
     lambda a: a.ravel(),
     lambda a: a.sum(),
     lambda a: np.broadcast_to(a, (2, *a.shape)),
-    lambda a: [str(value) for value in a],
+    lambda a: a.astype(str),
 )
 
 
@@ -219,7 +219,6 @@ TENSORS: tuple[Callable[[Tensor], Any], ...] = (
     ),
     *(
         lambda t: t.to(torch.complex64).conj(),
-        lambda t: t.untyped_storage(),
         lambda t: t.dtype,
         lambda t: t.shape,
         set,

@@ -111,7 +111,7 @@ def change_tree(tree: Any, change: Callable[[Any], Any], random: Generator) -> A
             case 1:
                 own[key], other[place] = other[place], own[key]
             case 2 if isinstance(own, dict):
-                own[one_of(random, ("x", "", place, f"{key}_", 3))] = own.pop(key)
+                own[one_of(random, ("x", "", place, f"{key}_", 3, "\ud800"))] = own.pop(key)
             case 3 if isinstance(own, dict):
                 own[one_of(random, ("x", place, f"{key}_"))] = own[key]
             case 4:

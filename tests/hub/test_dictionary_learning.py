@@ -188,7 +188,7 @@ GOOD = state("JumpReluAutoEncoder")
 REFUSED: dict[str, tuple[Any, str]] = {
     "code": ({"W_enc": Code()}, "is not a torch file of tensors and plain values"),
     "a list": ([1, 2], "must hold a mapping, found list"),
-    "no tensors": ({**GOOD, "cfg": "x"}, "must hold tensors alone; cfg are not"),
+    "no tensors": ({**GOOD, "cfg": "x"}, r"must hold tensors alone; \['cfg'\] are not"),
     "one missing": ({k: v for k, v in GOOD.items() if k != "b_enc"}, r"missing \['b_enc'\]"),
     "one more": ({**GOOD, "k": torch.tensor(3)}, r"unexpected \['k'\]"),
     "a wrong shape": (

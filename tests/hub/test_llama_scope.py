@@ -185,6 +185,12 @@ def test_damaged_tensors(tmp_path: Path, damage: str) -> None:
         dictlearn.load(tmp_path)
 
 
+def test_a_threshold_that_no_float_holds(tmp_path: Path) -> None:
+    write(tmp_path, jump_relu_threshold=1e308)
+    with pytest.raises(FormatError, match=r"final\.safetensors: the values are too large: sparsifier\.threshold"):
+        dictlearn.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["hyperparams.json", "checkpoints/final.safetensors"])
 def test_truncated_files(tmp_path: Path, name: str) -> None:
     write(tmp_path)

@@ -175,7 +175,8 @@ def _oriented(path: Path, w: dict[str, Tensor]) -> dict[str, Tensor]:
     d_in = w["W_enc"].shape[1]
     shapes = {"W_enc": (n, d_in), "b_enc": (n,), "W_dec": (n, d_out), "b_dec": (d_out,)}
     optional = {"W_skip": (d_out, d_in), THRESHOLD: (n,), "k": tuple(w["k"].shape) if "k" in w else ()}
-    check_tensors(path, w, shapes | {key: shape for key, shape in optional.items() if key in w})
+    shapes |= {key: shape for key, shape in optional.items() if key in w}
+    check_tensors(path, w, shapes, integers=("k",))
     check_thresholds(path, w, THRESHOLD)
     return w
 

@@ -153,7 +153,7 @@ def _state(path: Path, kind: object) -> State:
             raise FormatError(f"{path}: norm_factor must be a positive number, got {norm!r}.")
         content, factor = content["ae"], float(number)
     if odd := sorted(str(key) for key, value in content.items() if not isinstance(value, Tensor)):
-        raise FormatError(f"{path} must hold tensors alone; {', '.join(odd)} are not.")
+        raise FormatError(f"{path} must hold tensors alone; {odd} are not.")
     fitting = [name for name, shapes in SHAPES.items() if set(shapes) == set(content)]
     if kind is None and len(fitting) == 1:
         (kind,) = fitting
@@ -162,7 +162,7 @@ def _state(path: Path, kind: object) -> State:
             f"{path}: the class must be one of {', '.join(SHAPES)}, got {kind!r} as {CONFIG}'s dict_class; "
             f"the tensors {sorted(map(str, content))} are those of {' or '.join(fitting) or 'none of them'}."
         )
-    check_tensors(path, content, _shapes(path, kind, content))
+    check_tensors(path, content, _shapes(path, kind, content), integers=("k", "group_sizes"))
     scaled = {name: tensor * factor if name in NORMALISED else tensor for name, tensor in content.items()}
     if "threshold" in scaled:
         scaled["threshold"] = scaled["threshold"] * factor

@@ -65,7 +65,7 @@ class LlamaScope:
             w["encoder.bias"],
             w["decoder.weight"].T,
             w.get("decoder.bias", torch.zeros(d)),
-            None if sparsifier else torch.full((n,), threshold),
+            None if sparsifier else torch.full((n,), threshold, dtype=torch.float64),
         )
         metadata = {"lm_name": LM, "ctx": CTX, "prepend_bos": True}
         made = linear(path, weights, sparsifier, *sites, metadata=metadata)
