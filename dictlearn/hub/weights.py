@@ -127,7 +127,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 def encoder_sizes(path: Path, tensors: Mapping[str, Any], key: str) -> tuple[int, int]:
     """The two axes of the encoder's weights; FormatError where there is no such tensor."""
     encoder = tensors.get(key)
-    if not isinstance(encoder, Tensor) or encoder.ndim != 2:
+    if not isinstance(encoder, Tensor) or encoder.is_nested or encoder.ndim != 2:
         raise FormatError(f"{path} must hold {key} with two axes; it holds {sorted(map(str, tensors))}.")
     return encoder.shape[0], encoder.shape[1]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub import save
-from dictlearn.hub.weights import check_tensors, number_in, read_npz, read_yaml
+from dictlearn.hub.weights import check_tensors, encoder_sizes, number_in, read_npz, read_yaml
 from dictlearn.types import FormatError
 from tests.hub import test_circuit_tracer, test_gemma_scope, test_native, test_saelens_legacy
 from tests.hub.test_native_cross_layer import change_own
@@ -119,6 +119,12 @@ def test_tensors_without_values_of_their_own(case: str) -> None:
     shape = (3, 4) if tensor.is_nested else tuple(tensor.shape)
     with pytest.raises(FormatError, match=f"file.pt: a {message}"):
         check_tensors(Path("file.pt"), {"a": tensor}, {"a": shape})
+
+
+def test_the_sizes_of_an_encoder_without_axes_of_its_own() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(4)] * 3)
+    with pytest.raises(FormatError, match="file.pt must hold W_enc with two axes"):
+        encoder_sizes(Path("file.pt"), {"W_enc": nested}, "W_enc")
 
 
 def test_whole_numbers_where_they_are_expected() -> None:
