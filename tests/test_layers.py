@@ -28,6 +28,7 @@ LAYER = {
     "hub": 4,
     "splice": 4,
     "evaluation": 5,
+    "circuits": 7,
     "training": 6,
 }
 

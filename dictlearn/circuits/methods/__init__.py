@@ -1,0 +1,1 @@
+"""How much each node of a circuit matters: one file for each method."""

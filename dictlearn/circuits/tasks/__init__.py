@@ -1,0 +1,1 @@
+"""Behaviours to find circuits of: one file for each task."""
