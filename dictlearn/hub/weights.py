@@ -67,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         if _n_values(content, {}) > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES:,} values")
         content = json.loads(_text(content))
@@ -78,6 +78,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a mapping, found {type(content).__name__}.")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, without merge keys: a few nested ones stand for more pairs than there is memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", node.start_mark)
 
 
 def _text(content: object) -> bytes:

@@ -153,6 +153,7 @@ def test_the_number_in_a_value(value: Any, number: float | None) -> None:
 
 
 MANY = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))
+MERGED = "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 30))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,7 @@ MANY = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30
     [
         (f"a: [&a0 [x], {MANY}]", "it has more than 100,000 values"),
         ("a: &a [*a]", "it has more than 100,000 values"),
+        (f"a0: &a0 {{x: 1}}\n{MERGED}", "(?s:.*)merge keys"),
         ("a: 0x" + "f" * 5000, "Exceeds the limit"),
         ("a: !!timestamp 5", "is not valid YAML"),
         ("a: !!int ''", "is not valid YAML"),
