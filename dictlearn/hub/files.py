@@ -47,6 +47,13 @@ class Files:
     source: Mapping[str, Any] = field(default_factory=dict)
     used: dict[str, None] = field(default_factory=dict)  # an ordered set
 
+    def origin(self, place: str) -> str:
+        """`place` below the repository's id, or below the full path of the folder: names in it may be all that says
+        what a dictionary is of.
+        """
+        above = self.source.get("repo") or os.path.abspath(self.where)  # noqa: PTH100  # links keep their names
+        return f"{above}/{place}".rstrip("/")
+
     def path(self, name: str) -> Path:
         """The local file, downloaded if need be. Raises DictlearnError where there is none of this name."""
         if name not in self.names:

@@ -49,9 +49,8 @@ def hf_id(name: object) -> str | None:
 
 def stated_l0(where: str, configs: Mapping[str, Any]) -> float | None:
     """The L0 in the name of a repository or path (`average_l0_82`, `W32K-L0_50`), or in a configuration."""
-    named = re.search(r"(?:^|[_-])[lL]0_(\d+)", where)
-    if named:
-        return float(named[1])
+    if named := re.findall(r"(?:^|[_-])[lL]0_(\d+)", where):
+        return float(named[-1])
     places = [part for config in configs.values() for part in (config, config.get("metadata"))]
     found: list[Any] = [part.get("l0") for part in places if isinstance(part, Mapping)]
     return next((float(value) for value in found if is_number(value) and value > 0), None)

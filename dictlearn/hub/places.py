@@ -81,7 +81,7 @@ class Place:
         of_text = {"ctx": ctx if is_count(ctx, 1) else None, "prepend_bos": bos if isinstance(bos, bool) else None}
         modules = modules_of(lm, (*dictionary.reads, *dictionary.writes))
         source = self._source(kind)
-        l0 = self.published_l0 or stated_l0(self.files.place(self.path), source["config"])
+        l0 = self.published_l0 or stated_l0(self.files.origin(self.path), source["config"])
         return {"lm_name": lm, **of_text, "modules": modules, "published_l0": l0, "source": source}
 
     def _format(self) -> str:

@@ -162,6 +162,21 @@ def test_the_normalised_residual_without_the_gain(gemma: LM, tmp_path: Path) -> 
     check(run, latents, recon, seen(gemma.model, "model.layers.1.post_feedforward_layernorm"))
 
 
+def test_raw_embeddings(gemma: LM, tmp_path: Path) -> None:
+    """Of Gemma Scope: the rows of the embedding, that the model multiplies by sqrt(d)."""
+    d = gemma.d_model
+    w = weights(d, d) | {"threshold": torch.full((N,), 0.1)}
+    folder = tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", allow_pickle=False, **{name: value.numpy() for name, value in w.items()})
+    _, run = attached(gemma, folder)
+    raw = gemma.model.get_parameter("model.embed_tokens.weight").detach()[IDS].double()
+    pre = raw @ w["W_enc"].double() + w["b_enc"].double()
+    latents = pre * (pre > 0.1)
+    recon = latents @ w["W_dec"].double() + w["b_dec"].double()
+    check(run, latents, recon * d**0.5, seen(gemma.model, "model.layers.0", inputs=True))
+
+
 def test_special_positions_are_left_out(gpt2: LM, tmp_path: Path) -> None:
     """A dictionary that was made without BOS is put in elsewhere: there alone gradients go through its latents."""
     w = weights(gpt2.d_model, gpt2.d_model)

@@ -19,7 +19,6 @@ PLACES = {
     "gemma-scope-9b-pt-mlp/layer_3/width_131k/average_l0_7": ("mlp_out.3", "google/gemma-2-9b"),
     "gemma-scope-2b-pt-att/layer_0/width_65k/average_l0_20": ("attn_z.0", "google/gemma-2-2b"),
     "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91": ("resid_post.20", "google/gemma-2-9b-it"),
-    "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6": ("embed", "google/gemma-2-2b"),
     "mine": ("x", None),
 }
 
@@ -63,6 +62,36 @@ def test_the_rule_and_the_site(tmp_path: Path, place: str) -> None:
     np.testing.assert_allclose(loaded.encode_sparse(x).to_dense().numpy(), latents, atol=1e-5)
     assert (w["threshold"] < 0).any()
     assert 0 < (latents > 0).mean() < 1
+
+
+def test_those_of_the_embedding_are_of_what_layer_0_reads(tmp_path: Path) -> None:
+    """Which is sqrt(d) times the raw embeddings of the rule, and so is its reconstruction."""
+    folder = tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
+    w = write(folder)
+    loaded = dictlearn.load(folder)
+    assert isinstance(loaded, Dictionary)
+    assert loaded.reads == loaded.writes == ("resid_pre.0",)
+    raw = 3 * torch.randn(40, D)
+    latents, recon = rule(w, raw.numpy())
+    scaled = loaded(raw * D**0.5)
+    np.testing.assert_allclose(scaled.latents.numpy(), latents, atol=1e-5)
+    np.testing.assert_allclose(scaled.recon.numpy(), recon * D**0.5, atol=1e-4)
+
+
+def test_a_folder_may_be_named_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
+    write(place)
+    for folder, ref in (
+        (place, "."),
+        (place.parent, "average_l0_82"),
+        (place / "..", ".."),
+        (tmp_path, str(place)),
+    ):
+        monkeypatch.chdir(folder)
+        loaded = dictlearn.load(ref)
+        assert isinstance(loaded, Dictionary)
+        found = (loaded.reads, loaded.metadata["lm_name"], loaded.metadata["published_l0"])
+        assert found == (("resid_post.12",), "google/gemma-2-2b", 82)
 
 
 @pytest.mark.parametrize("layer", [0, 25])

@@ -54,6 +54,7 @@ def test_no_module_is_guessed() -> None:
         ("google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", {}, 82),
         ("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer0.sae.pt", {}, 50),
         ("google/gemma-scope-2-1b-pt/resid_post/layer_7_width_16k_l0_small", {}, None),
+        ("/home/me/runs_l0_5/layer_12/average_l0_82", {}, 82),
         ("a/b", {"cfg.json": {"metadata": {"l0": 41.5}}}, 41.5),
         ("a/b", {"cfg.json": {"l0": 7}}, 7),
         ("a/b", {"cfg.json": {"metadata": {"l0": None}}, "other.json": {"metadata": 3}}, None),

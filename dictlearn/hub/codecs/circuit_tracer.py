@@ -74,8 +74,8 @@ class CircuitTracer:
         name = _config(place, files.names)
         if name is None:
             raise _elsewhere(files, place)
-        path, config, repo = files.path(place), files.path(name), str(files.source.get("repo", files.where))
-        cfg = _without_config(f"{repo}/{place}") if posixpath.basename(name) in WANDB else read_yaml(config)
+        path, config, repo = files.path(place), files.path(name), files.origin("")
+        cfg = _without_config(files.origin(place)) if posixpath.basename(name) in WANDB else read_yaml(config)
         w = _oriented(path, load_tensors(path))
         layer = posixpath.basename(place).removeprefix("layer_").partition(".")[0]
         read, write = (f"{site_kind(config, cfg, key)}.{layer}" for key in (READ, WRITE))

@@ -2,19 +2,24 @@
 
 pre = x @ W_enc + b_enc; latents are relu(pre) where pre > threshold; recon = latents @ W_dec + b_dec. The layer is
 in the path and the site in the name of the repository; without these the site is "x". Those of the embedding are of
-raw embeddings, before Gemma scales them. Transcoders read the residual stream before the MLP, through its norm
-without the gain, and write what the MLP adds, after its second norm.
+raw embeddings; Gemma multiplies these by sqrt(d), in or after the embedding module by the version of transformers.
+Here they are folded to be of the product, what layer 0 reads. Transcoders read the residual stream before the MLP,
+through its norm without the gain, and write what the MLP adds, after its second norm.
 """
 
 from __future__ import annotations
 
+import math
 import posixpath
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+
 from dictlearn.dictionaries import Dictionary
-from dictlearn.hub.canonical import Weights, linear
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub.canonical import Weights, check_finite, linear
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.weights import check_tensors, encoder_sizes, read_npz
@@ -22,6 +27,7 @@ from dictlearn.hub.weights import check_tensors, encoder_sizes, read_npz
 WEIGHTS = "params.npz"
 SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 REPOSITORY = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)(?![\w-])")
+EMBEDDING = "resid_pre.0"
 CTX = 1024
 
 
@@ -42,9 +48,21 @@ class GemmaScope:
         d, n = encoder_sizes(path, tensors, "W_enc")
         shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
         check_tensors(path, tensors, shapes)
-        read, write, metadata = _origin(f"{files.source.get('repo', files.where)}/{place}")
+        read, write, metadata = _origin(files.origin(place))
         input_norm = "none" if read == write else "rms_norm"
-        return linear(path, Weights(**tensors), None, read, write, input_norm=input_norm, metadata=metadata)
+        made = linear(path, Weights(**tensors), None, read, write, input_norm=input_norm, metadata=metadata)
+        if read == EMBEDDING:
+            _fold(made, math.sqrt(d))
+            check_finite(path, made)
+        return made
+
+
+@torch.no_grad()
+def _fold(made: Linear, scale: float) -> None:
+    """By what activations are multiplied, in place."""
+    made.W_enc.div_(scale)
+    made.W_dec.mul_(scale)
+    made.b_dec.mul_(scale)
 
 
 def _origin(where: str) -> tuple[str, str, dict[str, Any]]:
@@ -59,7 +77,7 @@ def _origin(where: str) -> tuple[str, str, dict[str, Any]]:
     if name == "transcoders":
         return (f"resid_mid.{layer[1]}", f"mlp_out.{layer[1]}", metadata) if layer else ("x", "y", metadata)
     if layer is None:
-        site = "embed" if re.search(r"/embedding(?:/|$)", where) else "x"
+        site = EMBEDDING if re.search(r"/embedding(?:/|$)", where) else "x"
     else:
         site = f"{SITES[name]}.{layer[1]}"
     return site, site, metadata

@@ -61,7 +61,7 @@ class GemmaScope2:
         cfg = read_json(files.path(config)) if config in files.names else {}
         if (kind := cfg.get("architecture", "jump_relu")) != "jump_relu":
             raise FormatError(f"{files.place(config)}: architecture must be jump_relu, got {kind!r}.")
-        read, write = _sites(cfg, f"{files.where}/{place}".rstrip("/"))
+        read, write = _sites(cfg, files.origin(place))
         skip = w[SKIP].T if SKIP in w else None
         weights = Weights(w["w_enc"], w["b_enc"], w["w_dec"], w["b_dec"], w["threshold"], skip)
         return linear(path, weights, None, read, write, metadata=_metadata(files))
@@ -100,7 +100,7 @@ def _layers(paths: Sequence[Path], sizes: LayerSizes, skip: bool) -> Iterator[We
 
 
 def _metadata(files: Files) -> dict[str, Any]:
-    return {"lm_name": _lm_name(str(files.source.get("repo", files.where))), "prepend_bos": True}
+    return {"lm_name": _lm_name(files.origin("")), "prepend_bos": True}
 
 
 def _sites(cfg: Mapping[str, Any], where: str) -> tuple[str, str]:

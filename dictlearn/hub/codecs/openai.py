@@ -56,7 +56,7 @@ class OpenAI:
         shapes = {"encoder.weight": (n, d), "latent_bias": (n,), "decoder.weight": (d, n), "pre_bias": (d,)}
         check_tensors(path, w, shapes)
         sparsifier = _sparsifier(path, content, n)
-        site = _site(f"{files.where}/{place}")
+        site = _site(files.origin(place))
         return linear(
             path,
             Weights(w["encoder.weight"].T, w["latent_bias"], w["decoder.weight"].T, w["pre_bias"]),

@@ -67,7 +67,7 @@ class OpenMOSS:
 
     def read(self, files: Files, place: str) -> Dictionary:
         config, path = (files.path(posixpath.join(place, name)) for name in (CONFIG, WEIGHTS))
-        cfg, lm = read_json(config), _lm_name(f"{files.source.get('repo', files.where)}/{place}")
+        cfg, lm = read_json(config), _lm_name(files.origin(place))
         stored = load_tensors(path)
         try:
             _check(cfg)

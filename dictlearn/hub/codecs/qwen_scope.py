@@ -38,7 +38,7 @@ class QwenScope:
         w = read_torch(path)
         n, d = encoder_sizes(path, w, "W_enc")
         check_tensors(path, w, {"W_enc": (n, d), "b_enc": (n,), "W_dec": (d, n), "b_dec": (d,)})
-        where = f"{files.source.get('repo', files.where)}/{place}"
+        where = files.origin(place)
         found = REPOSITORY.search(where)
         if found is None:
             raise FormatError(

@@ -77,7 +77,7 @@ class SAELensLegacy:
     def read(self, files: Files, place: str) -> Dictionary:
         config, path = (files.path(posixpath.join(place, name)) for name in (CONFIG, WEIGHTS))
         cfg, tensors = read_json(config), load_tensors(path)
-        where = f"{files.source.get('repo', files.where)}/{place}".rstrip("/")
+        where = files.origin(place)
         _, n_latents = encoder_sizes(path, tensors, "W_enc")
         factors = {name: tensors.pop(name) for name in SCALING_FACTORS if name in tensors}
         check_tensors(path, factors, dict.fromkeys(list(factors)[:1], (n_latents,)))

@@ -68,7 +68,7 @@ class Sparsify:
             shapes |= {"W_dec": (n, *width), "b_dec": width} | ({"W_skip": (*width, d)} if skip else {})
         w = read_tensors(path, shapes)
         weights = Weights(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"], W_skip=w.get("W_skip"))
-        read, write = _sites(posixpath.basename(place) or Path(files.where).resolve().name, transcode)
+        read, write = _sites(posixpath.basename(files.origin(place)), transcode)
         return linear(
             path,
             weights,
