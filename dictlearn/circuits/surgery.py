@@ -1,0 +1,87 @@
+"""Modules and attention of a model computed otherwise, for as long as a block lasts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from dictlearn.circuits.parts import parts_of
+
+Forward = Callable[..., Any]
+Mix = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""What takes the place of pattern @ value: of the attention module, its pattern `[rows, n_heads, ctx, ctx]` and its
+values `[rows, n_heads, ctx, d_head]` (grouped ones repeated), the heads' outputs `[rows, n_heads, ctx, d_head]`."""
+
+EXPLICIT = "dictlearn_explicit"  # the name of our attention among those of transformers
+_mixes: dict[nn.Module, Mix] = {}  # by attention module, inside the blocks of `attention`
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Modules with another forward; hooks on them go on working. As before at the end, also after an error."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = functools.wraps(module.forward)(forward)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
+
+
+@contextmanager
+def attention(model: PreTrainedModel, mix: Mix) -> Iterator[None]:
+    """Attention by explicit patterns, with `mix` in place of pattern @ value; as before at the end."""
+    modules = parts_of(model).attentions
+    config = model.config.get_text_config()
+    implementation = config._attn_implementation
+    before = {module: _mixes.get(module) for module in modules}
+    try:
+        config._attn_implementation = EXPLICIT
+        _mixes.update(dict.fromkeys(modules, mix))
+        yield
+    finally:
+        config._attn_implementation = implementation
+        for module, own in before.items():
+            if own is None:
+                _mixes.pop(module, None)
+            else:
+                _mixes[module] = own
+
+
+def _explicit_attention(
+    module: nn.Module,
+    query: Float[Tensor, "rows n_heads queries d_head"],
+    key: Float[Tensor, "rows n_groups keys d_head"],
+    value: Float[Tensor, "rows n_groups keys d_head"],
+    attention_mask: Float[Tensor, "_ _ queries keys"] | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "rows queries n_heads d_head"], Tensor]:
+    """As the eager attention of transformers, but for the softmax, which is float64 for float64 queries."""
+    per_group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(per_group, dim=1) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    wide = torch.promote_types(query.dtype, torch.float32)
+    pattern = scores.softmax(-1, dtype=wide).to(query.dtype)  # [rows, n_heads, ctx, ctx]
+    return _mixes[module](module, pattern, value).transpose(1, 2).contiguous(), pattern
+
+
+AttentionInterface.register(EXPLICIT, _explicit_attention)
+AttentionMaskInterface.register(EXPLICIT, eager_mask)
