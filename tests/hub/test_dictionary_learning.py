@@ -128,6 +128,13 @@ def test_the_rule(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_few_bits_are_folded_in_float32(tmp_path: Path, kind: str) -> None:
+    stored = {n: t.bfloat16() if t.is_floating_point() else t for n, t in state(kind).items()}
+    write(tmp_path, kind, stored)
+    check(tmp_path, kind, stored)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_backup_is_put_into_raw_units(tmp_path: Path, kind: str) -> None:
     factor, tensors = 2.5, state(kind)
     biases = ("bias", "b_enc", "b_dec", "encoder.bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias")
@@ -167,6 +174,10 @@ def test_without_a_configuration_the_tensors_tell_the_class(tmp_path: Path, kind
         ("mlp_out_layer_2", "out", "mlp_out.2"),
         ("mlp_layer_2", "in", "mlp_in.2"),
         ("attn_layer_1", "out", "attn_out.1"),
+        ("attn_layer_1", "in", "attn_in.1"),
+        ("attention_layer_1", "out", "attn_out.1"),
+        ("resid_post_layer_8", "in", "resid_pre.8"),
+        ("mlp_layer_2", "in_and_out", "x"),
         ("embed", "out", "x"),
     ],
 )

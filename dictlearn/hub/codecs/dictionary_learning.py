@@ -29,7 +29,7 @@ from torch import Tensor
 from dictlearn.checks import LARGEST
 from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
-from dictlearn.hub.canonical import Weights, linear
+from dictlearn.hub.canonical import Weights, gate, linear
 from dictlearn.hub.codecs._writing import check_held, lacks, write_text, write_torch
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
@@ -59,7 +59,10 @@ UNCENTRED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 NORMALISED = ("bias", "b_enc", "b_dec", "encoder.bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias")
 CLASSES = {"relu": "AutoEncoderNew", "top_k": "AutoEncoderTopK", "jump_relu": "JumpReluAutoEncoder"}  # written
 HOLDS = "dictionary_learning has ReLU, TopK and JumpReLU autoencoders"
-SITES = {"resid": "resid_post", "resid_post": "resid_post", "attn": "attn_out", "attention": "attn_out"}
+SITES = {  # of the submodules, by the end of them that is meant
+    "in": {"resid": "resid_pre", "att": "attn_in", "mlp": "mlp_in"},
+    "out": {"resid": "resid_post", "att": "attn_out", "mlp": "mlp_out"},
+}
 
 
 class State(NamedTuple):
@@ -144,7 +147,7 @@ def _their_config(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def _state(path: Path, kind: object) -> State:
-    """The tensors in raw units, checked against the class, which is found out if `kind` is None."""
+    """The tensors in float32 and raw units, checked against the class, which is found out if `kind` is None."""
     content, factor = read_torch(path), 1.0
     if isinstance(content.get("ae"), dict):  # a backup
         norm = content.get("norm_factor", 1.0)
@@ -163,10 +166,10 @@ def _state(path: Path, kind: object) -> State:
             f"the tensors {sorted(map(str, content))} are those of {' or '.join(fitting) or 'none of them'}."
         )
     check_tensors(path, content, _shapes(path, kind, content), integers=("k", "group_sizes"))
-    scaled = {name: tensor * factor if name in NORMALISED else tensor for name, tensor in content.items()}
-    if "threshold" in scaled:
-        scaled["threshold"] = scaled["threshold"] * factor
-    return State(kind, scaled)
+    raw = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in content.items()}
+    for name in {*NORMALISED, "threshold"} & set(raw):
+        raw[name] = raw[name] * factor
+    return State(kind, raw)
 
 
 def _shapes(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -195,8 +198,8 @@ def _canonical(path: Path, state: State, read: str, write: str, metadata: Mappin
             sparsifier = TopK(_k(w["k"]))
             sparsifier.bind(len(b_enc))
         case "GatedAutoEncoder":
-            growth = w["r_mag"].exp()
-            W_enc, threshold = W_enc * growth, b_enc - growth * w["gate_bias"]
+            growth, b_enc, threshold = gate(w["gate_bias"], w["r_mag"], w["mag_bias"])
+            W_enc = W_enc * growth
         case _:
             threshold = w["threshold"].expand(len(b_enc))
     weights = Weights(W_enc, b_enc, W_dec, b_dec, threshold)
@@ -217,8 +220,8 @@ def _sites(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> tuple[str, 
         return site, site
     if name.partition(".")[0] in HOOKS and re.fullmatch(r"\w+\.\d+", name):
         return name, name  # as we write those that have no name there
-    found = re.fullmatch(r"(resid|resid_post|attn|attention|mlp)(?:_out)?_(?:layer_?)?(\d+)", name)
-    if found is None:
+    found = re.fullmatch(r"(resid|att|mlp)(?:_post|n|ention)?(?:_out)?_(?:layer_?)?(\d+)", name)
+    ends = SITES.get(str(buffer.get("io") or "out"))
+    if found is None or ends is None:
         return "x", "x"
-    kind = ("mlp_in" if buffer.get("io") == "in" else "mlp_out") if found[1] == "mlp" else SITES[found[1]]
-    return f"{kind}.{found[2]}", f"{kind}.{found[2]}"
+    return f"{ends[found[1]]}.{found[2]}", f"{ends[found[1]]}.{found[2]}"
