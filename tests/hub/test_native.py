@@ -239,6 +239,14 @@ def test_a_jump_relu_of_sae_lens_is_read_by_its_rule(tmp_path: Path) -> None:
     assert loaded.sparsifier.kind == "jump_relu"
 
 
+def test_a_single_head_is_refused(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    metadata = {"sae_lens_version": "6.18.0", "hook_name": "blocks.3.attn.hook_z", "hook_head_index": 3}
+    change_cfg(tmp_path, metadata=metadata)
+    with pytest.raises(FormatError, match=r"cfg\.json: hook_head_index=3 is not supported because"):
+        dictlearn.load(tmp_path)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_gated_one_of_sae_lens_is_read_by_its_rule(tmp_path: Path, bias: bool) -> None:
     """Its latents are those of a JumpReLU."""

@@ -73,6 +73,8 @@ def read_sae_lens(cfg: Mapping[str, Any], path: Path, w: Mapping[str, Tensor]) -
         raise DictlearnError(f"architecture must be one of {sorted(ARCHITECTURES)}, got {architecture!r}.")
     kind, autoencoder, skip = ARCHITECTURES[architecture]
     metadata = cfg["metadata"]
+    if (head := metadata.get("hook_head_index")) is not None:
+        raise DictlearnError(f"hook_head_index={head} is not supported because no site is that of a single head.")
     hook = str(metadata.get("hook_name") or cfg.get("hook_name") or "x")
     normed = None if autoencoder else re.fullmatch(rf"blocks\.(\d+)\.{re.escape(NORMALISED)}", hook)
     read = f"resid_mid.{normed[1]}" if normed else from_hook_name(hook)

@@ -100,8 +100,6 @@ class SAELensLegacy:
 def _version_6(cfg: Mapping[str, Any], n_latents: int, where: str) -> tuple[float, dict[str, Any]]:
     """By what activations are multiplied, and the configuration in the words of version 6."""
     cfg = {RENAMED.get(key, key): value for key, value in cfg.items()}
-    if (head := cfg.get("hook_head_index")) is not None:
-        raise DictlearnError(f"hook_head_index={head} is not supported because no site is that of a single head.")
     mode, scale = _normalisation(cfg.get("normalize_activations"), where)
     kwargs = cfg.get("model_from_pretrained_kwargs") or {}
     if any(_is_of(where, repo) for repo in CENTRED):
@@ -114,7 +112,7 @@ def _version_6(cfg: Mapping[str, Any], n_latents: int, where: str) -> tuple[floa
         "apply_b_dec_to_input": cfg.get("apply_b_dec_to_input", True),
         "normalize_activations": mode,
         "metadata": {
-            **{key: cfg.get(key) for key in ("hook_name", "model_name", "context_size")},
+            **{key: cfg.get(key) for key in ("hook_name", "hook_head_index", "model_name", "context_size")},
             "prepend_bos": cfg.get("prepend_bos", True),
             "model_from_pretrained_kwargs": kwargs,
         },
