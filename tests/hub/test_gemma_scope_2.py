@@ -180,6 +180,26 @@ def test_the_language_model(tmp_path: Path, repo: str, lm: str | None) -> None:
     assert (loaded.metadata["lm_name"], loaded.reads) == (lm, ("x",))
 
 
+@pytest.mark.parametrize("name", ["gemma-v3-4b-it", "google/gemma-3-4b-it"])
+def test_the_language_model_of_the_configuration(tmp_path: Path, name: str) -> None:
+    write(tmp_path, tensors(), {"model_name": name})
+    assert load(tmp_path).metadata["lm_name"] == "google/gemma-3-4b-it"
+
+
+@pytest.mark.parametrize(
+    ("w", "points"),
+    [
+        (tensors(d_out=4), []),
+        (tensors(skip=True), []),
+        (tensors(), [f"{LAYER}.mlp.input", f"{LAYER}.mlp.output"]),
+    ],
+)
+def test_a_transcoder_without_known_sites_has_two(tmp_path: Path, w: dict[str, Tensor], points: list[str]) -> None:
+    write(tmp_path, w, dict(zip(("hf_hook_point_in", "hf_hook_point_out"), points, strict=False)))
+    loaded = load(tmp_path)
+    assert (loaded.reads, loaded.writes) == (("x",), ("y",))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

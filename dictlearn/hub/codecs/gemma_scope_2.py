@@ -61,10 +61,10 @@ class GemmaScope2:
         cfg = read_json(files.path(config)) if config in files.names else {}
         if (kind := cfg.get("architecture", "jump_relu")) != "jump_relu":
             raise FormatError(f"{files.place(config)}: architecture must be jump_relu, got {kind!r}.")
-        read, write = _sites(cfg, files.origin(place))
+        read, write = _sites(cfg, files.origin(place), autoencoder=width == d and SKIP not in w)
         skip = w[SKIP].T if SKIP in w else None
         weights = Weights(w["w_enc"], w["b_enc"], w["w_dec"], w["b_dec"], w["threshold"], skip)
-        return linear(path, weights, None, read, write, metadata=_metadata(files))
+        return linear(path, weights, None, read, write, metadata=_metadata(files, cfg))
 
 
 def _read_cross_layer(files: Files, place: str) -> Dictionary:
@@ -81,7 +81,7 @@ def _read_cross_layer(files: Files, place: str) -> Dictionary:
         raise FormatError(f"{paths[0]} must hold w_enc with two axes and w_dec with three; it holds {first}.")
     sizes = LayerSizes(w_enc[0], w_dec[2], w_enc[1])
     reads, writes = ([f"{kind}.{layer}" for layer in layers] for kind in FOLDERS["transcoder"])
-    skip, metadata = SKIP in first, _metadata(files)
+    skip, metadata = SKIP in first, _metadata(files, {})
     return cross_layer(
         paths[0], sizes, _layers(paths, sizes, skip), None, reads, writes, skip=skip, metadata=metadata
     )
@@ -99,18 +99,21 @@ def _layers(paths: Sequence[Path], sizes: LayerSizes, skip: bool) -> Iterator[We
         yield Weights(w["w_enc"], w["b_enc"], w["w_dec"][:, layer:], w["b_dec"], w["threshold"], W_skip)
 
 
-def _metadata(files: Files) -> dict[str, Any]:
-    return {"lm_name": _lm_name(files.origin("")), "prepend_bos": True}
+def _metadata(files: Files, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {"lm_name": _lm_name(files.origin("")) or _lm_of(cfg.get("model_name")), "prepend_bos": True}
 
 
-def _sites(cfg: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """Of the points of the configuration, else of the folder's name; else "x", or "x" and "y"."""
+def _sites(cfg: Mapping[str, Any], where: str, autoencoder: bool) -> tuple[str, str]:
+    """Of the points of the configuration, else of the folder's name; else "x", and "y" where it can be none.
+
+    autoencoder: its tensors are those of one.
+    """
     points = [_point(cfg.get(key)) for key in ("hf_hook_point_in", "hf_hook_point_out")]
     if points[0] and points[1]:
         return points[0], points[1]
     found = re.search(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_", where)
     if found is None:
-        return "x", "x"
+        return "x", "x" if autoencoder and cfg.get("hf_hook_point_in") == cfg.get("hf_hook_point_out") else "y"
     read, write = FOLDERS[found[1]]
     return f"{read}.{found[2]}", f"{write}.{found[2]}"
 
@@ -120,6 +123,12 @@ def _point(name: object) -> str | None:
         re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)\.(.+)", name) if isinstance(name, str) else None
     )
     return f"{POINTS[found[2]]}.{found[1]}" if found and found[2] in POINTS else None
+
+
+def _lm_of(name: object) -> str | None:
+    """`model_name` of the configuration, which may be as the trainers call it, gemma-v3-1b-it."""
+    found = re.fullmatch(r"(?:google/)?gemma-(?:v3|3)-([\w-]+)", name) if isinstance(name, str) else None
+    return f"google/gemma-3-{found[1]}" if found else None
 
 
 def _lm_name(where: str) -> str | None:
