@@ -156,12 +156,12 @@ def _cached_files(ref: HubRef, where: str, reason: str) -> Files:
 
 def _in_repository(repo: str, commit: str, names: tuple[str, ...], where: str) -> Files:
     def fetch(name: str) -> Path:
-        kept = try_to_load_from_cache(repo, name, revision=commit)
-        if isinstance(kept, str):
-            return Path(kept)
         try:
+            kept = try_to_load_from_cache(repo, name, revision=commit)
+            if isinstance(kept, str):
+                return Path(kept)
             path = Path(hf_hub_download(repo, name, revision=commit))
-        except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
             raise DictlearnError(f"Cannot download {name} of {where}: {_first_line(error)}") from error
         _check_hash(path, name, where)
         return path

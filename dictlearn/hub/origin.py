@@ -41,6 +41,8 @@ MODEL_TYPES = {  # by name; the first that is found
     r"Qwen2\.5-": "qwen2",
 }
 
+SEEING = r"gemma-3-(4b|12b|27b)-"  # they read images as well: the language model is a part of the base model
+
 
 def hf_id(name: object) -> str | None:
     """The language model's id on the Hub, where another name for it is known; None for what is no name."""
@@ -63,4 +65,5 @@ def modules_of(lm_name: str | None, sites: Sequence[str]) -> dict[str, str]:
     """
     kind = next((kind for name, kind in MODEL_TYPES.items() if re.search(name, lm_name or "")), None)
     paths = {site: module_path(FAMILIES[kind], site) for site in sites} if kind else {}
-    return {site: path for site, path in paths.items() if path is not None}
+    above = "language_model." if re.search(SEEING, lm_name or "") else ""
+    return {site: f"{above}{path}" for site, path in paths.items() if path is not None}

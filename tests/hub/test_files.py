@@ -29,6 +29,7 @@ REPOSITORIES = {
     "someone/closed": Repository({}, refuses=(401, "GatedRepo")),
     "someone/down": Repository({}, refuses=(503, "")),
     "someone/dropped": Repository({"a.bin": CONTENT}, drops="a.bin"),
+    "someone/outside": Repository({"../../../secret/params.npz": CONTENT}),
     "someone/lying": Repository({"a.bin": CONTENT, "b.bin": CONTENT}, lies="a.bin"),
 }
 
@@ -127,6 +128,14 @@ def test_a_file_in_the_cache_is_not_asked_for_again(server: Hub) -> None:
 def test_no_other_file_is_asked_for() -> None:
     with pytest.raises(DictlearnError, match=r"someone/tiny has no file '\.\./secret'"):
         hub_files(HubRef("someone/tiny")).path("../secret")
+
+
+@pytest.mark.usefixtures("server")
+def test_a_name_that_leads_out_is_refused(tmp_path: Path) -> None:
+    message = re.escape("Cannot download ../../../secret/params.npz of someone/outside: ")
+    with pytest.raises(DictlearnError, match=message):
+        dictlearn.load("someone/outside")
+    assert not [path for path in tmp_path.rglob("params.npz")]
 
 
 def test_a_dictionary_of_the_hub(server: Hub, tmp_path: Path) -> None:

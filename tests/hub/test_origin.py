@@ -33,6 +33,7 @@ def test_the_language_models_id(name: object, expected: str | None) -> None:
         ("google/gemma-2-2b", "mlp_out.2", "layers.2.post_feedforward_layernorm"),
         ("google/gemma-2b", "mlp_out.2", "layers.2.mlp"),
         ("google/gemma-3-270m", "resid_mid.0", "layers.0.pre_feedforward_layernorm:in"),
+        ("google/gemma-3-4b-it", "resid_post.7", "language_model.layers.7"),
         ("meta-llama/Llama-3.1-8B-Instruct", "resid_post.19", "layers.19"),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "resid_post.19", "layers.19"),
         ("Qwen/Qwen3-1.7B-Base", "mlp_in.1", "layers.1.mlp:in"),

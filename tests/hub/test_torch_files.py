@@ -219,7 +219,14 @@ def test_what_is_refused(tmp_path: Path, name: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"activation": "Identity"}, "activation must be ReLU, or TopK with a k in its state; got 'Identity'"),
+        (
+            {"activation": "Identity"},
+            "activation must be ReLU, or TopK with a k and ReLU in its state; got 'Identity'",
+        ),
+        (
+            {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "Identity"}},
+            "a k and ReLU in its state; got 'TopK'",
+        ),
         ({"activation": "TopK", "activation_state_dict": {}}, "got 'TopK'"),
         ({"activation": "TopK", "activation_state_dict": {"k": 0}}, "k must be a whole number, at least 1, got 0"),
         ({"activation": "TopK", "activation_state_dict": {"k": 21}}, "k must be at most"),

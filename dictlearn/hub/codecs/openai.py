@@ -73,7 +73,7 @@ def _sparsifier(path: Path, content: Mapping[str, Any], n_latents: int) -> Spars
     match content.get("activation"), content.get("activation_state_dict"):
         case "ReLU", _:
             return ReLU(l1=0.0)
-        case "TopK", {"k": k}:
+        case "TopK", {"k": k, **rest} if rest.get("postact_fn", "ReLU") == "ReLU":
             try:
                 check_count("k", k := number_in(k))
                 sparsifier = TopK(cast(int, k))
@@ -83,7 +83,7 @@ def _sparsifier(path: Path, content: Mapping[str, Any], n_latents: int) -> Spars
             return sparsifier
         case activation, _:
             raise FormatError(
-                f"{path}: activation must be ReLU, or TopK with a k in its state; got {activation!r}."
+                f"{path}: activation must be ReLU, or TopK with a k and ReLU in its state; got {activation!r}."
             )
 
 
