@@ -83,13 +83,19 @@ def modules_at(model: PreTrainedModel, kind: str, layer: int) -> nn.Module:
     return model.get_submodule(resolve(model, f"{kind}.{layer}").module)
 
 
+def is_parallel(model: PreTrainedModel) -> bool:
+    """Whether attention and MLP both read the stream before the layer."""
+    config = model.config.get_text_config()
+    return config.model_type == "phi" or getattr(config, "use_parallel_residual", False)
+
+
 def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__ in GAINS
 
 
 def inverse_scale(norm: nn.Module, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
     """One over the denominator of a norm, float32 or wider."""
-    x = _wide(x)
+    x = widened(x)
     if isinstance(norm, nn.LayerNorm):
         return torch.rsqrt(x.var(-1, correction=0, keepdim=True) + norm.eps)
     eps: float = getattr(norm, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps")
@@ -100,7 +106,7 @@ def normed(
     norm: nn.Module, x: Float[Tensor, "*batch d"], inverse: Float[Tensor, "*#batch 1"]
 ) -> Float[Tensor, "*batch d"]:
     """The output of a norm whose denominator is given: affine in `x`."""
-    wide = _wide(x)
+    wide = widened(x)
     if isinstance(norm, nn.LayerNorm):
         out = (wide - wide.mean(-1, keepdim=True)) * inverse
         out = out if norm.weight is None else out * norm.weight
@@ -129,5 +135,6 @@ def _is_plain(module: nn.Module) -> bool:
     return isinstance(module, LINEAR) or name.endswith("RotaryEmbedding") or bool(list(module.children()))
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """In float32, or in float64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
