@@ -7,8 +7,8 @@ same role in each of them; the answer is what follows the last token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ class PairBatch:
             against them; rows of fewer are filled up with -1.
         metric: which number of the logits is the behaviour, see metrics.py; higher is the clean one.
         roles: positions in the rows, by what stands there ("subject", "end").
+        n_special: leading special tokens, such as the beginning of the sequence; they are never ablated.
     """
 
     clean: TokenIds
@@ -38,6 +39,7 @@ class PairBatch:
     wrong: Int[Tensor, "n n_wrong"]
     metric: str = "logit_difference"
     roles: Mapping[str, int] = field(default_factory=dict)
+    n_special: int = 0
 
     def __post_init__(self) -> None:
         sizes = {len(self.clean), len(self.patch), len(self.answers), len(self.wrong)}
@@ -79,6 +81,6 @@ class PairBatch:
         for first in range(0, len(self), n_rows):
             yield self.select(slice(first, first + n_rows))
 
-    def _map(self, change) -> PairBatch:  # noqa: ANN001
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in ("metric", "roles")}
-        return replace(self, **tensors)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        names = ("clean", "patch", "answers", "wrong")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})

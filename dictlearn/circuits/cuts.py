@@ -1,0 +1,153 @@
+"""Where dictionaries cut a model: the activations at their write sites as a sum over nodes.
+
+    activation = sum over latents of value_i * row_i + rest
+
+`value_i` is the latent, times what an input norm took off its token, so that the sum is linear in the values;
+`rest` is what the error node stands for: bias, skip path and error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dictlearn.checks import check_choice
+from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries._input_norm import normed, undone
+from dictlearn.lm import resolve
+from dictlearn.lm.taps import capture, edit
+from dictlearn.types import DictlearnError, Latents, Site, SparseLatents, TokenIds
+
+Acts = Mapping[str, Tensor]  # [n, ctx, d] by site name
+POSITIONS = ("each", "all")
+
+
+class Cut:
+    """One dictionary in a model."""
+
+    def __init__(self, model: PreTrainedModel, name: str, dictionary: Dictionary) -> None:
+        self.name, self.dictionary = name, dictionary
+        self.reads = [resolve(model, site) for site in dictionary.reads]
+        self.writes = [resolve(model, site) for site in dictionary.writes]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return {site.name: site for site in (*self.reads, *self.writes)}
+
+    def targets(self, acts: Acts) -> Float[Tensor, "*tokens n_writes d_out"]:
+        """The activations at the write sites."""
+        return torch.stack([acts[site.name] for site in self.writes], dim=-2).to(self.dictionary.b_dec.dtype)
+
+    def values(self, acts: Acts) -> SparseLatents:
+        """Values of the active latents of all tokens `[n * ctx]`."""
+        x = self.dictionary.select_reads(acts).flatten(0, 1)
+        latents = self.dictionary.encode_sparse(x)
+        if not undone(self.dictionary.input_norm):
+            return latents
+        factor = self._factor(x).squeeze(-1).repeat_interleave(latents.offsets.diff())
+        return latents._replace(values=latents.values * factor)
+
+    def dense_values(self, x: Tensor) -> Float[Tensor, "*tokens n_latents"]:
+        """The same of every latent, from raw reads."""
+        latents = self.dictionary.encode(x)
+        return latents * self._factor(x) if undone(self.dictionary.input_norm) else latents
+
+    def _factor(self, x: Tensor) -> Float[Tensor, "*tokens 1"]:
+        return normed(self.dictionary.input_norm, x.to(self.dictionary.b_dec.dtype)).factor
+
+    def written(self, values: Latents) -> Float[Tensor, "*tokens n_writes d_out"]:
+        """What latents of these values write; linear."""
+        d = self.dictionary
+        flat = d.decode_flat(values) - d.b_dec.flatten()
+        return flat.unflatten(-1, (len(self.writes), d.d_out)) / d.write_scale.unsqueeze(-1)
+
+    def bias(self, x: Tensor) -> Float[Tensor, "*tokens n_writes d_out"]:
+        """What the dictionary writes without latents and skip path, from raw reads."""
+        d = self.dictionary
+        tokens = x.shape[: -2 if d.site_axis else -1]
+        bias = d.denormalise(d.b_dec.flatten().expand(*tokens, -1), x)
+        return bias if d.site_axis else bias.unsqueeze(-2)
+
+    def effects(
+        self, values: SparseLatents, gradient: Float[Tensor, "n_tokens n_writes d_out"]
+    ) -> Float[Tensor, " nnz"]:
+        """Each value times the gradient along what it writes."""
+        with torch.enable_grad():
+            leaf = values.values.detach().requires_grad_()
+            written = self.written(values._replace(values=leaf))
+            (along,) = torch.autograd.grad(written, leaf, gradient.to(written.dtype))
+        return along * values.values
+
+
+def cuts_of(model: PreTrainedModel, dictionaries: Mapping[str, Dictionary]) -> list[Cut]:
+    """Dictionaries in a model, by name.
+
+    Raises DictlearnError for none, for two that write one site, and for a dictionary that needs a read which the
+    model only reaches after its first write (a crosscoder of several layers).
+    """
+    if not dictionaries:
+        raise DictlearnError("A circuit needs at least one dictionary, got none.")
+    cuts = [Cut(model, name, dictionary) for name, dictionary in dictionaries.items()]
+    owners: dict[tuple[str, str], str] = {}
+    for cut in cuts:
+        for site in cut.writes:
+            if other := owners.get((site.module, site.io)):
+                raise DictlearnError(
+                    f"Each write site takes one dictionary: {other} and {cut.name} write {site.name}."
+                )
+            owners[site.module, site.io] = cut.name
+        if len(cut.writes) > 1 and not cut.dictionary.layered:
+            raise DictlearnError(
+                f"{cut.name} writes {len(cut.writes)} sites with latents that need all of its reads: circuits are "
+                "for dictionaries of one write site, and for cross-layer transcoders."
+            )
+    return cuts
+
+
+def sites_of(cuts: Sequence[Cut]) -> dict[str, Site]:
+    """Every read and write site, by name."""
+    return {name: site for cut in cuts for name, site in cut.sites.items()}
+
+
+def labels(ctx: int, positions: str, n_special: int, device: torch.device) -> Int[Tensor, " ctx"]:
+    """The place of each position among those of `NodeValues`; -1 at special tokens, which have no nodes.
+
+    Raises DictlearnError unless `positions` is "each" or "all".
+    """
+    check_choice("positions", positions, POSITIONS)
+    found = (
+        torch.arange(ctx, device=device)
+        if positions == "each"
+        else torch.zeros(ctx, dtype=torch.int64, device=device)
+    )
+    found[:n_special] = -1
+    return found
+
+
+def n_positions(ctx: int, positions: str) -> int:
+    """How many positions the nodes have."""
+    return ctx if positions == "each" else 1
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, cuts: Sequence[Cut], ids: TokenIds) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits `[n, vocab]` after the last tokens, and the activations at all sites, without gradient."""
+    with capture(model, list(sites_of(cuts).values())) as acts:
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+    return logits, dict(acts)
+
+
+def embeddings(model: PreTrainedModel) -> Site:
+    """The output of the token embedding."""
+    module = model.get_input_embeddings()
+    path = next(path for path, own in model.named_modules() if own is module)
+    return Site(path, path, "out")
+
+
+def with_gradient(model: PreTrainedModel):  # noqa: ANN201
+    """A context in which forwards have a graph from the token embeddings on, though all weights are frozen."""
+    return edit(model, {embeddings(model): lambda act: act.detach().requires_grad_()})

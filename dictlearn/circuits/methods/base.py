@@ -1,0 +1,115 @@
+"""What every method of scoring nodes gives, and what those that use gradients share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dictlearn.circuits.cuts import Acts, Cut, labels, n_positions, record, with_gradient
+from dictlearn.circuits.nodes import NodeValues
+from dictlearn.circuits.pairs import PairBatch
+from dictlearn.lm.taps import capture
+from dictlearn.types import SparseLatents, TokenIds
+
+Gradients = Mapping[str, Float[Tensor, "n ctx n_writes d_out"]]  # of the metric at the write sites, by dictionary
+
+
+class Method(ABC):
+    """Scores nodes: an estimate, for each, of m(patched) - m(clean), the mean over pairs.
+
+    Methods that know nothing of the metric give importances, which are never negative.
+    """
+
+    @abstractmethod
+    def scores(
+        self, model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch, positions: str
+    ) -> dict[str, NodeValues]:
+        """Scores by dictionary; `positions` is "each" or "all"."""
+
+
+def gradients(
+    model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch, ids: TokenIds
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Activations at all sites on `ids`, and the gradient of the metric `[n, ctx, n_writes, d_out]` by dictionary;
+    one forward and one backward.
+    """
+    sites = {name: site for cut in cuts for name, site in cut.sites.items()}
+    with torch.enable_grad(), with_gradient(model), capture(model, list(sites.values())) as acts:
+        value = batch.value(model(input_ids=ids, use_cache=False).logits[:, -1]).sum()
+        written = list(dict.fromkeys(site.name for cut in cuts for site in cut.writes))
+        found = torch.autograd.grad(value, [acts[name] for name in written], allow_unused=True)
+    grads = {
+        name: torch.zeros_like(acts[name]) if grad is None else grad
+        for name, grad in zip(written, found, strict=True)
+    }
+    stacked = {cut.name: torch.stack([grads[site.name] for site in cut.writes], dim=-2) for cut in cuts}
+    return {name: act.detach() for name, act in acts.items()}, stacked
+
+
+def scores_of(
+    cuts: Sequence[Cut], batch: PairBatch, positions: str, clean: Acts, patch: Acts, grads: Gradients
+) -> dict[str, NodeValues]:
+    """(patch - clean) of every node along the gradient, summed over the positions of a node, the mean over pairs.
+
+    Only latents that are active on the clean or the patch prompt are touched. At each write site the scores of
+    latents and errors add up to gradient . (x_patch - x_clean).
+    """
+    return {
+        cut.name: _scores(cut, batch, positions, clean, patch, grads[cut.name].to(cut.dictionary.b_dec.dtype))
+        for cut in cuts
+    }
+
+
+def _scores(
+    cut: Cut,
+    batch: PairBatch,
+    positions: str,
+    clean: Acts,
+    patch: Acts,
+    grad: Float[Tensor, "n ctx n_writes d_out"],
+) -> NodeValues:
+    label = labels(batch.ctx, positions, batch.n_special, grad.device)
+    n_labels, n_latents = n_positions(batch.ctx, positions), cut.dictionary.n_latents
+    tables, rests = grad.new_zeros(2, n_labels, n_latents), []
+    for table, acts in zip(tables, (patch, clean), strict=True):
+        values = cut.values(acts)
+        add_by_node_(table, values, cut.effects(values, grad.flatten(0, 1)), label)
+        rests.append(cut.targets(acts) - cut.written(values).unflatten(0, grad.shape[:2]))
+    latents = tables[0].sub_(tables[1])  # exactly zero where the pairs agree
+    moved = (rests[0] - rests[1]).mul_(grad).sum((0, -1))  # [ctx, n_writes]
+    return NodeValues(latents / len(batch), by_label(moved.T, label, n_labels) / len(batch))
+
+
+def add_by_node_(
+    table: Float[Tensor, "n_positions n_latents"],
+    latents: SparseLatents,
+    values: Float[Tensor, " nnz"],
+    label: Int[Tensor, " ctx"],
+) -> None:
+    """Add a value of each entry of `latents`, over tokens `[n * ctx]`, to that of its node."""
+    of_token = label.repeat(latents.n_tokens // len(label))
+    of_entry = of_token.repeat_interleave(latents.offsets.diff(), output_size=len(values))
+    counted = of_entry >= 0
+    places = (of_entry * table.shape[1] + latents.indices)[counted]
+    table.view(-1).index_add_(0, places, values[counted])
+
+
+def by_label(
+    values: Float[Tensor, "*any ctx"], label: Int[Tensor, " ctx"], n_labels: int
+) -> Float[Tensor, "*any n_labels"]:
+    """Values of positions summed up for each label."""
+    counted = label >= 0
+    found = values.new_zeros(*values.shape[:-1], n_labels)
+    return found.index_add_(-1, label[counted], values[..., counted])
+
+
+def recorded(
+    model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Activations of the clean and of the patch prompts."""
+    return record(model, cuts, batch.clean)[1], record(model, cuts, batch.patch)[1]

@@ -1,0 +1,109 @@
+"""Integrated gradients between the clean and the patch activations of each site (Sundararajan et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dictlearn.checks import check_choice, check_count
+from dictlearn.circuits.cuts import Cut, embeddings
+from dictlearn.circuits.methods.base import Method, gradients, recorded, scores_of
+from dictlearn.circuits.nodes import NodeValues
+from dictlearn.circuits.pairs import PairBatch
+from dictlearn.lm.taps import capture, edit
+from dictlearn.types import Site
+
+
+class Quadrature(NamedTuple):
+    """Points on the way from clean (0) to patch (1), and their weights."""
+
+    points: Sequence[float]
+    weights: Sequence[float]
+
+
+def _left(n: int) -> Quadrature:
+    return Quadrature([k / n for k in range(n)], [1 / n] * n)
+
+
+def _midpoint(n: int) -> Quadrature:
+    return Quadrature([(k + 0.5) / n for k in range(n)], [1 / n] * n)
+
+
+def _gauss_legendre(n: int) -> Quadrature:
+    points, weights = np.polynomial.legendre.leggauss(n)
+    return Quadrature(((points + 1) / 2).tolist(), (weights / 2).tolist())
+
+
+RULES: dict[str, Callable[[int], Quadrature]] = {
+    "gauss_legendre": _gauss_legendre,
+    "midpoint": _midpoint,
+    "left": _left,
+}
+PATHS = ("site", "inputs")
+
+
+class IntegratedGradients(Method):
+    """The gradient along a straight path, times (patch - clean).
+
+    Args:
+        n_points: gradients on the path.
+        rule: where they are: "gauss_legendre", "midpoint", or "left", which with 10 points is the setting of sparse
+            feature circuits (Marks et al. 2024).
+        path: "site": each site's activations go from clean to patch, one site at a time, while all others run on;
+            n_points forwards and backwards for each site. "inputs": the token embeddings do, n_points passes for
+            all sites together (EAP-IG, Hanna et al. 2024).
+    """
+
+    def __init__(self, n_points: int = 5, rule: str = "gauss_legendre", path: str = "site") -> None:
+        check_count("n_points", n_points)
+        check_choice("rule", rule, tuple(RULES))
+        check_choice("path", path, PATHS)
+        self.quadrature, self.path = RULES[rule](n_points), path
+
+    def scores(
+        self, model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch, positions: str
+    ) -> dict[str, NodeValues]:
+        clean, patch = recorded(model, cuts, batch)
+        if self.path == "inputs":
+            grads = self._along_inputs(model, cuts, batch)
+        else:
+            grads = {
+                cut.name: torch.stack(
+                    [self._along(model, batch, s, clean[s.name], patch[s.name]) for s in cut.writes], dim=-2
+                )
+                for cut in cuts
+            }
+        return scores_of(cuts, batch, positions, clean, patch, grads)
+
+    def _along(self, model: PreTrainedModel, batch: PairBatch, site: Site, clean: Tensor, patch: Tensor) -> Tensor:
+        """The mean gradient at `site` on the way of its activations."""
+        mean = torch.zeros_like(clean)
+        for point, weight in zip(*self.quadrature, strict=True):
+            x = torch.lerp(clean, patch, point).requires_grad_()
+            with torch.enable_grad(), edit(model, {site: lambda _, x=x: x}):
+                value = batch.value(model(input_ids=batch.clean, use_cache=False).logits[:, -1]).sum()
+            (grad,) = torch.autograd.grad(value, x)
+            mean += weight * grad
+        return mean
+
+    def _along_inputs(self, model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch) -> dict[str, Tensor]:
+        """The mean gradient at all sites on the way of the token embeddings."""
+        site = embeddings(model)
+        ends = []
+        for ids in (batch.clean, batch.patch):
+            with torch.no_grad(), capture(model, [site]) as acts:
+                model(input_ids=ids, use_cache=False)
+            ends.append(acts[site.name])
+        total: dict[str, Tensor] = {}
+        for point, weight in zip(*self.quadrature, strict=True):
+            x = torch.lerp(ends[0], ends[1], point)
+            with edit(model, {site: lambda _, x=x: x}):
+                _, grads = gradients(model, cuts, batch, batch.clean)
+            for name, grad in grads.items():
+                total[name] = total[name] + weight * grad if name in total else weight * grad
+        return total

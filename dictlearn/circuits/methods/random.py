@@ -1,0 +1,36 @@
+"""Random scores: what a ranking is worth that knows nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dictlearn.checks import check_count
+from dictlearn.circuits.cuts import Cut
+from dictlearn.circuits.methods.base import Method
+from dictlearn.circuits.methods.magnitude import Magnitude
+from dictlearn.circuits.nodes import NodeValues
+from dictlearn.circuits.pairs import PairBatch
+
+
+class Random(Method):
+    """A number from (0, 1] for each node that is active on a clean prompt, 0 for all others."""
+
+    def __init__(self, seed: int = 0) -> None:
+        check_count("seed", seed, 0)
+        self.seed = seed
+
+    def scores(
+        self, model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch, positions: str
+    ) -> dict[str, NodeValues]:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(active: Tensor) -> Tensor:
+            drawn = 1 - torch.rand(active.shape, generator=generator, dtype=torch.float64)
+            return drawn.to(active) * (active > 0)
+
+        found = Magnitude().scores(model, cuts, batch, positions)
+        return {name: NodeValues(draw(nodes.latents), draw(nodes.errors)) for name, nodes in found.items()}

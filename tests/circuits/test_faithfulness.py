@@ -1,0 +1,329 @@
+"""Circuits in a model: all and nothing, ablations by hand, curves and what is read off them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dictlearn.circuits.ablation import ABLATIONS, Ablation
+from dictlearn.circuits.cuts import cuts_of, record
+from dictlearn.circuits.faithfulness import Curve, curve, error_share, sizes_for
+from dictlearn.circuits.nodes import NodeValues, Ranking, complement, everything
+from dictlearn.circuits.run import run_circuit
+from dictlearn.circuits.scores import node_scores
+from dictlearn.dictionaries import Dictionary
+from dictlearn.lm import resolve
+from dictlearn.lm.taps import capture, edit
+from dictlearn.types import DictlearnError
+from tests.circuits.setup import FAMILIES, cross_layer, some_dictionaries, some_pairs
+
+GetModel = Callable[[str], PreTrainedModel]
+
+
+def of_kind(model: PreTrainedModel, kind: str) -> dict[str, Dictionary]:
+    return cross_layer(model) if kind == "clt" else some_dictionaries(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["several", "clt"])
+def test_with_all_nodes_the_logits_are_identical(model: GetModel, family: str, kind: str) -> None:
+    own, batch = model(family), some_pairs()
+    dictionaries = of_kind(own, kind)
+    cuts = cuts_of(own, dictionaries)
+    all_nodes = everything(node_scores(own, dictionaries, batch))
+    plain = batch.value(record(own, (), batch.clean)[0])
+    for ablation in ABLATIONS:
+        for chunk, ablated in Ablation(own, cuts, batch, ablation).chunks():
+            assert torch.equal(run_circuit(own, cuts, chunk, all_nodes, ablated), plain)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("kind", ["several", "clt"])
+def test_all_and_nothing(model: GetModel, ablation: str, kind: str) -> None:
+    """f(all) = 1 and f(none) = 0; for the complement the other way round."""
+    own, batch = model("gpt2"), some_pairs()
+    dictionaries = of_kind(own, kind)
+    cuts = cuts_of(own, dictionaries)
+    scores = node_scores(own, dictionaries, batch)
+    n = len(Ranking(scores))
+    found = curve(own, cuts, Ablation(own, cuts, batch, ablation, n_rows=3), scores, sizes=(0, n // 2, n))
+    assert found.faithfulness[[0, 2]].tolist() == pytest.approx([0.0, 1.0], abs=1e-9)
+    assert found.complement_faithfulness[[0, 2]].tolist() == pytest.approx([1.0, 0.0], abs=1e-9)
+    assert not 0.999 < found.faithfulness[1] < 1.001
+
+
+def test_patching_everything_at_a_cut_is_the_patch_prompt(model: GetModel) -> None:
+    own, batch = model("llama"), some_pairs()
+    dictionaries = {"stream": some_dictionaries(own)["stream"]}
+    cuts = cuts_of(own, dictionaries)
+    scores = node_scores(own, dictionaries, batch)
+    found = curve(own, cuts, Ablation(own, cuts, batch, "patch"), scores, sizes=(0,))
+    torch.testing.assert_close(found.none, batch.value(record(own, (), batch.patch)[0]))
+    torch.testing.assert_close(found.whole, batch.value(record(own, (), batch.clean)[0]))
+
+
+def stream(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad(), capture(model, [resolve(model, "resid_post.0")]) as acts:
+        model(ids)
+    return acts["resid_post.0"]
+
+
+def by_hand(model: PreTrainedModel, batch, d: Dictionary, keep: NodeValues, values: Tensor, rest: Tensor) -> Tensor:
+    """Latents and rest of the stream's autoencoder in a loop over positions; the metric."""
+    x = stream(model, batch.clean)
+    new = torch.empty_like(x)
+    for position in range(batch.ctx):
+        at = x[:, position]
+        code = d.encode(at)
+        own_rest = at - code @ d.W_dec
+        kept = keep.latents[position]
+        new_code = code * kept + values[:, position] * ~kept
+        new[:, position] = new_code @ d.W_dec + (own_rest if keep.errors[0, position] else rest[:, position])
+    with torch.no_grad(), edit(model, {resolve(model, "resid_post.0"): lambda _: new}):
+        return batch.value(model(batch.clean).logits[:, -1])
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_ablations_by_hand(model: GetModel, ablation: str) -> None:
+    own, batch = model("gpt2"), some_pairs(n=3)
+    d = some_dictionaries(own)["stream"]
+    cuts = cuts_of(own, {"d": d})
+    patch = stream(own, batch.patch)
+    values, rest = d.encode(patch), patch - d.encode(patch) @ d.W_dec
+    if ablation == "resample":
+        order = Ablation(own, cuts, batch, ablation)._other
+        assert sorted(order.tolist()) == [0, 1, 2]
+        assert all(order[i] != i for i in range(3))
+        values, rest = values[order], rest[order]
+    if ablation == "mean_positional":
+        values, rest = (part.mean(0, keepdim=True).expand_as(part) for part in (values, rest))
+    if ablation == "mean":
+        values, rest = (part.mean((0, 1), keepdim=True).expand_as(part) for part in (values, rest))
+    if ablation == "zero":
+        values, rest = torch.zeros_like(values), d.b_dec.expand_as(rest)
+    keep = NodeValues(torch.rand(6, 24) < 0.5, torch.tensor([[True, False, True, False, True, False]]))
+    expected = by_hand(own, batch, d, keep, values, rest)
+    found = [
+        run_circuit(own, cuts, chunk, {"d": keep}, ablated)
+        for chunk, ablated in Ablation(own, cuts, batch, ablation, n_rows=2).chunks()
+    ]
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_nodes_are_computed_on_what_is_left(model: GetModel) -> None:
+    """A later dictionary reads the stream after the ablations before it; errors as well."""
+    own, batch = model("gpt2"), some_pairs()
+    chosen = {name: d for name, d in some_dictionaries(own).items() if name in ("stream", "transcoder")}
+    cuts = cuts_of(own, chosen)
+    circuit = everything(node_scores(own, chosen, batch))
+    circuit["stream"] = NodeValues(*(torch.zeros_like(part) for part in circuit["stream"]))  # all ablated
+    ((chunk, ablated),) = Ablation(own, cuts, batch, "patch").chunks()
+    found = run_circuit(own, cuts, chunk, circuit, ablated)
+    torch.testing.assert_close(found, batch.value(record(own, (), batch.patch)[0]))
+
+
+def test_latents_of_a_cross_layer_transcoder_are_computed_on_what_is_left(model: GetModel) -> None:
+    """Layer by layer, by hand: first the reads of a layer, then its latents, then its write."""
+    own, batch = model("gpt2"), some_pairs()
+    d = cross_layer(own)["clt"]
+    cuts = cuts_of(own, {"clt": d})
+    keep = NodeValues(torch.rand(6, 30) < 0.5, torch.rand(3, 6) < 0.5)
+    ((_, ablated),) = Ablation(own, cuts, batch, "mean_positional").chunks()
+    own_ablated = ablated["clt"]
+    assert own_ablated.rest is not None
+    found = run_circuit(own, cuts, batch, {"clt": keep}, ablated)
+    fixed: dict[str, Tensor] = {}
+    for layer in range(3):  # each pass fixes one more write
+        sites = [resolve(own, site) for site in (*d.reads, *d.writes)]
+        edits = {resolve(own, site): (lambda _, new=new: new) for site, new in fixed.items()}
+        with torch.no_grad(), edit(own, edits), capture(own, sites) as acts:
+            own(batch.clean)
+        code = d.encode(torch.stack([acts[site] for site in d.reads], -2))
+        new_code = torch.where(keep.latents, code, own_ablated.values)
+        written = [
+            torch.einsum("npl,lwd->npwd", c[..., : 10 * layer + 10], d.W_dec[: 10 * layer + 10])
+            for c in (code, new_code)
+        ]
+        rest = acts[d.writes[layer]] - written[0][..., layer, :]
+        new_rest = torch.where(keep.errors[layer].unsqueeze(-1), rest, own_ablated.rest[..., layer, :])
+        fixed[d.writes[layer]] = written[1][..., layer, :] + new_rest
+    edits = {resolve(own, site): (lambda _, new=new: new) for site, new in fixed.items()}
+    with torch.no_grad(), edit(own, edits):
+        expected = batch.value(own(batch.clean).logits[:, -1])
+    torch.testing.assert_close(found, expected)
+
+
+def test_zero_ablation_keeps_what_an_input_norm_took_off(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["z"]
+    cuts = cuts_of(own, {"z": d})
+    nothing = everything(node_scores(own, {"z": d}, batch), latents=False, errors=False)
+    ((_, ablated),) = Ablation(own, cuts, batch, "zero").chunks()
+
+    def bias_alone(act: Tensor) -> Tensor:
+        return d.decode(torch.zeros(*act.shape[:-1], d.n_latents, dtype=act.dtype), act)
+
+    with torch.no_grad(), edit(own, {resolve(own, "attn_z.2"): bias_alone}):
+        expected = batch.value(own(batch.clean).logits[:, -1])
+    torch.testing.assert_close(run_circuit(own, cuts, batch, nothing, ablated), expected)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_special_tokens_are_never_ablated(model: GetModel, ablation: str) -> None:
+    own, batch = model("gpt2"), replace(some_pairs(), n_special=1)
+    d = some_dictionaries(own)["stream"]
+    cuts = cuts_of(own, {"d": d})
+    ((chunk, ablated),) = Ablation(own, cuts, batch, ablation).chunks()
+    nothing = everything(node_scores(own, {"d": d}, batch), latents=False, errors=False)
+    seen: list[Tensor] = []
+    with edit(own, {resolve(own, "resid_pre.1"): lambda act: seen.append(act) or act}):
+        run_circuit(own, cuts, chunk, nothing, ablated)
+    clean = stream(own, batch.clean)
+    assert torch.equal(seen[0][:, 0], clean[:, 0])
+    assert not torch.allclose(seen[0][:, 1], clean[:, 1])
+    if ablation == "mean":
+        patch = stream(own, batch.patch)[:, 1:]
+        torch.testing.assert_close(ablated["d"].values[0, 0], d.encode(patch).mean((0, 1)))
+
+
+def test_nodes_of_all_positions(model: GetModel) -> None:
+    """A node that stands for all positions is kept at all of them."""
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["stream"]
+    cuts = cuts_of(own, {"d": d})
+    ((chunk, ablated),) = Ablation(own, cuts, batch, "patch").chunks()
+    latents, errors = torch.rand(1, 24) < 0.5, torch.ones(1, 1, dtype=torch.bool)
+    one = run_circuit(own, cuts, chunk, {"d": NodeValues(latents, errors)}, ablated)
+    each = run_circuit(own, cuts, chunk, {"d": NodeValues(latents.repeat(6, 1), errors.repeat(1, 6))}, ablated)
+    assert torch.equal(one, each)
+
+
+@pytest.mark.parametrize("errors", ["kept", "removed"])
+def test_errors_that_are_not_scored(model: GetModel, errors: str) -> None:
+    """Kept: all latents and errors are the model; removed: the reconstructions alone."""
+    own, batch = model("gpt2"), some_pairs()
+    chosen = {"d": some_dictionaries(own)["stream"]}
+    cuts = cuts_of(own, chosen)
+    scores = node_scores(own, chosen, batch)
+    ablation = Ablation(own, cuts, batch, "zero")
+    n = len(Ranking(scores, errors=False))
+    assert n < len(Ranking(scores))
+    found = curve(own, cuts, ablation, scores, errors=errors, sizes=(0, n))
+    if errors == "kept":
+        assert torch.equal(found.kept[1], found.whole)
+        assert not torch.allclose(found.kept[0], found.none)
+    else:
+        assert torch.equal(found.kept[0], found.none)
+        with torch.no_grad(), edit(own, {resolve(own, "resid_post.0"): lambda x: chosen["d"](x).recon}):
+            recon = batch.value(own(batch.clean).logits[:, -1])
+        torch.testing.assert_close(found.kept[1], recon)
+
+
+def nodes(latents: list[list[float]], errors: list[list[float]]) -> NodeValues:
+    return NodeValues(torch.tensor(latents), torch.tensor(errors))
+
+
+SCORES = {"a": nodes([[0.0, -3.0], [1.0, 0.0]], [[0.5, -0.1]]), "b": nodes([[-2.0, 0.0], [0.0, 0.2]], [[4.0, 0.0]])}
+
+
+def test_ranking() -> None:
+    ranking = Ranking(SCORES)
+    assert len(ranking) == 7
+    two = ranking.first(2)  # the error 4.0 of b and the latent -3.0 of a
+    assert two["a"].latents.tolist() == [[False, True], [False, False]]
+    assert two["b"].errors.tolist() == [[True, False]]
+    assert sum(int(part.sum()) for own in two.values() for part in own) == 2
+    signed = Ranking(SCORES, "signed").first(3)  # -3, -2, -0.1
+    assert signed["a"].errors.tolist() == [[False, True]]
+    assert signed["b"].latents.tolist() == [[True, False], [False, False]]
+    latents = Ranking(SCORES, errors=False)
+    assert len(latents) == 4
+    assert not any(bool(own.errors.any()) for own in latents.first(4).values())
+    assert all(bool(part.all()) for own in ranking.first(7).values() for part in own)
+    outside = complement(two)
+    assert outside["b"].errors.tolist() == [[False, True]]
+    assert error_share(SCORES) == pytest.approx(4.6 / 10.8)
+
+
+def test_ties_are_taken_in_order() -> None:
+    ranking = Ranking({"a": nodes([[1.0, -1.0, 1.0]], [[1.0]])})
+    taken = [ranking.first(n)["a"] for n in (1, 2)]
+    assert [own.latents.tolist() for own in taken] == [[[True, False, False]], [[True, True, False]]]
+
+
+def test_scores_that_rank_nothing() -> None:
+    with pytest.raises(DictlearnError, match="No node has a score"):
+        Ranking({"a": nodes([[0.0]], [[0.0]])})
+    with pytest.raises(DictlearnError, match="must be finite numbers"):
+        Ranking({"a": nodes([[math.nan]], [[0.0]])})
+    with pytest.raises(DictlearnError, match="order must be one of absolute, signed, got 'best'"):
+        Ranking(SCORES, "best")
+
+
+def line(f: list[float], sizes: tuple[int, ...], n: int = 10) -> Curve:
+    """Faithfulness `f` at `sizes`, with m(M) = 3 and m(0) = 1 on the mean of five pairs."""
+    noise = torch.tensor([-0.2, -0.1, 0.0, 0.1, 0.2], dtype=torch.float64)
+    kept = torch.stack([1 + 2 * share + noise for share in f])
+    return Curve(sizes, n, kept, 4 - kept, 3 + noise, 1 - noise)
+
+
+def test_what_is_read_off_a_curve() -> None:
+    found = line([0.0, 0.5, 1.0, 1.2], (0, 1, 4, 10))
+    assert found.faithfulness.tolist() == pytest.approx([0, 0.5, 1, 1.2])
+    assert found.complement_faithfulness.tolist() == pytest.approx([1, 0.5, 0, -0.2])
+    assert found.n_at(0.5) == 1
+    assert found.n_at(0.75) == pytest.approx(2)  # half way from 1 to 4 in the logarithm
+    assert found.n_at(1.3) is None
+    cpr, cmd = found.areas()
+    assert cpr == pytest.approx(0.1 * 0.25 + 0.3 * 0.75 + 0.6 * 1.1)
+    assert cmd == pytest.approx(0.1 * 0.75 + 0.3 * 0.25 + 0.6 * 0.1)
+    table = found.table()
+    assert table["fraction"].tolist() == [0, 0.1, 0.4, 1]
+    low, middle, high = (table[name].tolist() for name in ("low", "faithfulness", "high"))
+    assert all(a <= b <= c for a, b, c in zip(low, middle, high, strict=True))
+
+
+def test_the_interval_is_that_of_the_ratio_of_means() -> None:
+    """Pairs that differ alone by a common factor give the same share in every draw."""
+    factor = torch.tensor([1.0, 2.0, 5.0, 9.0], dtype=torch.float64)
+    exact = Curve((1, 2), 2, torch.stack([0.3 * factor, factor]), torch.stack([factor, factor]), factor, 0 * factor)
+    low, high = exact.interval()
+    assert low.tolist() == pytest.approx([0.3, 1.0])
+    assert high.tolist() == pytest.approx([0.3, 1.0])
+    wide = line([0.0, 0.5], (0, 1))
+    low, high = wide.interval()
+    assert 0.4 < low[1] < 0.48
+    assert 0.52 < high[1] < 0.6
+    assert torch.equal(wide.interval(seed=1), wide.interval(seed=1))
+
+
+def test_an_ablation_that_does_nothing_is_no_yardstick() -> None:
+    same = torch.tensor([1.0, 2.0])
+    with pytest.raises(DictlearnError, match="faithfulness has no yardstick"):
+        Curve((0,), 1, same[None], same[None], same, same)
+
+
+def test_sizes() -> None:
+    found = sizes_for(10_000)
+    assert found[:3] == (0, 1, 2)
+    assert {10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000} <= set(found)
+    assert list(found) == sorted(set(found))
+    assert sizes_for(1) == (0, 1)
+
+
+@pytest.mark.parametrize("n_rows", [1, 4])
+def test_curves_do_not_depend_on_the_batch(model: GetModel, n_rows: int) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    chosen = some_dictionaries(own)
+    cuts = cuts_of(own, chosen)
+    scores = node_scores(own, chosen, batch)
+    whole = curve(own, cuts, Ablation(own, cuts, batch, "mean"), scores, sizes=(0, 20))
+    parts = curve(own, cuts, Ablation(own, cuts, batch, "mean", n_rows=n_rows), scores, sizes=(0, 20))
+    torch.testing.assert_close(whole.kept, parts.kept)
+    torch.testing.assert_close(whole.left_out, parts.left_out)

@@ -1,0 +1,252 @@
+"""Scores of nodes: sums over a site, linear models, integrated gradients, exact patching by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dictlearn.circuits.cuts import cuts_of
+from dictlearn.circuits.methods.base import Method
+from dictlearn.circuits.methods.exact import Exact
+from dictlearn.circuits.methods.gradient import Gradient
+from dictlearn.circuits.methods.integrated_gradients import IntegratedGradients
+from dictlearn.circuits.nodes import NodeValues
+from dictlearn.circuits.pairs import PairBatch
+from dictlearn.circuits.scores import node_scores
+from dictlearn.lm import resolve
+from dictlearn.lm.taps import capture, edit
+from dictlearn.types import DictlearnError
+from tests.circuits.setup import FAMILIES, cross_layer, some_dictionaries, some_pairs, tiny_model
+
+GetModel = Callable[[str], PreTrainedModel]
+
+
+def activations(model: PreTrainedModel, batch: PairBatch, site: str) -> tuple[Tensor, Tensor]:
+    found = []
+    for ids in (batch.clean, batch.patch):
+        with torch.no_grad(), capture(model, [resolve(model, site)]) as acts:
+            model(ids)
+        found.append(acts[site])
+    return found[0], found[1]
+
+
+def plain_gradient(model: PreTrainedModel, batch: PairBatch, site: str, act: Tensor) -> Tensor:
+    """Of the metric at `act` in place of a site's activation, the rest of the model on the clean prompts."""
+    leaf = act.clone().requires_grad_()
+    with torch.enable_grad(), edit(model, {resolve(model, site): lambda _: leaf}):
+        logits = model(batch.clean).logits[:, -1]
+    rows = torch.arange(len(batch))
+    (logits[rows, batch.answers[:, 0]] - logits[rows, batch.wrong[:, 0]]).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", ["each", "all"])
+@pytest.mark.parametrize("path", ["gradient", "left", "midpoint"])
+def test_scores_of_a_site_add_up(model: GetModel, family: str, positions: str, path: str) -> None:
+    """To gradient . (x_patch - x_clean), at every position, whatever the dictionary is."""
+    own, batch = model(family), some_pairs()
+    points = {"gradient": [0.0], "left": [0.0, 1 / 3, 2 / 3], "midpoint": [0.25, 0.75]}[path]
+    method = Gradient() if path == "gradient" else IntegratedGradients(len(points), path)
+    dictionaries = some_dictionaries(own)
+    found = node_scores(own, dictionaries, batch, method=method, positions=positions)
+    for name, d in dictionaries.items():
+        (site,) = d.writes
+        clean, patch = activations(own, batch, site)
+        mean = sum(plain_gradient(own, batch, site, clean + a * (patch - clean)) for a in points) / len(points)
+        by_position = (mean * (patch - clean)).sum(-1).mean(0)  # [ctx]
+        expected = by_position if positions == "each" else by_position.sum().view(1)
+        total = found[name].latents.sum(-1) + found[name].errors.sum(0)
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_scores_of_latents_by_hand(model: GetModel) -> None:
+    """Every latent by itself, from dense latents and the decoder's rows."""
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["stream"]
+    clean, patch = activations(own, batch, "resid_post.0")
+    along = plain_gradient(own, batch, "resid_post.0", clean) @ d.W_dec.T  # [n, ctx, n_latents]
+    moved = d.encode(patch) - d.encode(clean)
+    found = node_scores(own, {"d": d}, batch)["d"]
+    torch.testing.assert_close(found.latents, (along * moved).mean(0))
+    assert (found.latents != 0).sum() > 5
+
+
+def test_the_factor_of_an_input_norm_is_part_of_the_value(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["z"]
+    clean, patch = activations(own, batch, "attn_z.2")
+    along = plain_gradient(own, batch, "attn_z.2", clean) @ d.W_dec.T
+    moved = d.encode(patch) * patch.std(-1, keepdim=True) - d.encode(clean) * clean.std(-1, keepdim=True)
+    found = node_scores(own, {"d": d}, batch)["d"]
+    torch.testing.assert_close(found.latents, (along * moved).mean(0))
+
+
+@pytest.mark.parametrize("method", [Gradient(), IntegratedGradients(2), Exact()], ids=["gradient", "ig", "exact"])
+def test_pairs_are_scored_one_by_one(model: GetModel, method: Method) -> None:
+    """The order of pairs and how many there are at once does not matter."""
+    own, batch = model("gpt2"), some_pairs()
+    cuts = cuts_of(own, {"d": some_dictionaries(own)["stream"]})
+    whole = method.scores(own, cuts, batch, "each")["d"]
+    parts = [method.scores(own, cuts, batch.select(slice(i, i + 1)), "each")["d"] for i in (2, 0, 3, 1)]
+    for own_whole, of_parts in zip(whole, map(torch.stack, zip(*parts, strict=True)), strict=True):
+        torch.testing.assert_close(own_whole, of_parts.mean(0))
+
+
+class Identity(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def linear(own: Any) -> None:
+    """Make a tiny GPT-2 linear in its activations: no norms, no activation function, attention to all alike."""
+    layers = own.transformer.h
+    for layer in layers:
+        layer.ln_1, layer.ln_2, layer.mlp.act = Identity(), Identity(), Identity()
+        d = layer.attn.embed_dim
+        layer.attn.c_attn.weight.data[:, : 2 * d] = 0  # queries and keys
+        layer.attn.c_attn.bias.data[: 2 * d] = 0
+    own.transformer.ln_f = Identity()
+
+
+def test_in_a_linear_model_the_gradient_is_exact(tmp_path: Path) -> None:
+    own, batch = tiny_model(tmp_path, "gpt2"), some_pairs()
+    linear(own)
+    dictionaries = some_dictionaries(own)
+    exact = node_scores(own, dictionaries, batch, method="exact")
+    largest = max(float(nodes.latents.abs().max()) for nodes in exact.values())
+    assert largest > 1e-3
+    for method in (Gradient(), IntegratedGradients(2), IntegratedGradients(2, path="inputs")):
+        found = node_scores(own, dictionaries, batch, method=method)
+        for name in dictionaries:
+            for one, other in zip(found[name], exact[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9 * largest)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integrated_gradients_at_a_cut_sum_to_the_effect(model: GetModel, family: str) -> None:
+    own, batch = model(family), some_pairs()
+    cut = {"d": some_dictionaries(own)["stream"]}
+    with torch.no_grad():
+        clean, patch = (batch.value(own(ids).logits[:, -1]).mean() for ids in (batch.clean, batch.patch))
+
+    def missed(method: Method) -> float:
+        found = node_scores(own, cut, batch, method=method)["d"]
+        return float((found.latents.sum() + found.errors.sum() - (patch - clean)).abs() / (patch - clean).abs())
+
+    assert missed(Gradient()) > 0.05
+    assert missed(IntegratedGradients(5)) < 0.01
+    assert missed(IntegratedGradients(5, "midpoint")) < 0.03
+    assert missed(IntegratedGradients(20, "midpoint")) < 0.002  # its error falls with the square of the points
+    assert missed(IntegratedGradients(10, "left")) > missed(IntegratedGradients(5))
+
+
+@pytest.mark.parametrize("positions", ["each", "all"])
+def test_exact_patching_by_hand(model: GetModel, positions: str) -> None:
+    own, batch = model("llama"), some_pairs()
+    d = some_dictionaries(own)["attention"]
+    site = resolve(own, "attn_out.1")
+    clean, patch = activations(own, batch, "attn_out.1")
+    found = node_scores(own, {"d": d}, batch, method=Exact(n_rows=9), positions=positions)["d"]
+    moved = d.encode(patch) - d.encode(clean)
+    error = (patch - d(patch).recon) - (clean - d(clean).recon)
+    with torch.no_grad():
+        base = batch.value(own(batch.clean).logits[:, -1])
+        for place, at in ((0, range(6)),) if positions == "all" else ((1, [1]), (3, [3]), (5, [5])):
+            for latent in (0, 7, 13):
+                added = torch.zeros_like(clean)
+                for position in at:
+                    added[:, position] = moved[:, position, latent, None] * d.W_dec[latent]
+                with edit(own, {site: lambda act, added=added: act + added}):
+                    effect = batch.value(own(batch.clean).logits[:, -1]) - base
+                torch.testing.assert_close(found.latents[place, latent], effect.mean(), atol=1e-9, rtol=1e-6)
+            added = torch.zeros_like(clean)
+            added[:, at] = error[:, at]
+            with edit(own, {site: lambda act, added=added: act + added}):
+                effect = batch.value(own(batch.clean).logits[:, -1]) - base
+            torch.testing.assert_close(found.errors[0, place], effect.mean(), atol=1e-9, rtol=1e-6)
+
+
+def test_exact_scores_of_some_nodes(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    cuts = {"d": some_dictionaries(own)["stream"]}
+    all_nodes = node_scores(own, cuts, batch, method="exact")["d"]
+    chosen = NodeValues(torch.zeros_like(all_nodes.latents).bool(), torch.zeros_like(all_nodes.errors).bool())
+    chosen.latents[3] = True
+    chosen.errors[0, 1] = True
+    found = node_scores(own, cuts, batch, method=Exact({"d": chosen}))["d"]
+    torch.testing.assert_close(found.latents[3], all_nodes.latents[3])
+    assert found.latents[3].any()
+    assert not found.latents[[0, 1, 2, 4, 5]].any()
+    assert (found.errors != 0).tolist() == [[False, True, False, False, False, False]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cross_layer_transcoder_adds_up_over_its_writes(model: GetModel, family: str) -> None:
+    own, batch = model(family), some_pairs()
+    dictionaries = cross_layer(own)
+    found = node_scores(own, dictionaries, batch)["clt"]
+    assert found.errors.shape == (3, 6)
+    expected = torch.zeros(6, dtype=torch.float64)
+    for site in dictionaries["clt"].writes:
+        clean, patch = activations(own, batch, site)
+        expected += (plain_gradient(own, batch, site, clean) * (patch - clean)).sum(-1).mean(0)
+    torch.testing.assert_close(
+        found.latents.sum(-1) + found.errors.sum(0), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max())
+    )
+    exact = node_scores(own, dictionaries, batch, method="exact")["clt"]
+    assert torch.equal(exact.latents != 0, found.latents != 0)
+
+
+def test_special_tokens_have_no_nodes(model: GetModel) -> None:
+    own, batch = model("gpt2"), replace(some_pairs(), n_special=2)
+    dictionaries = some_dictionaries(own)
+    for method in ("gradient", "exact", "magnitude", "random", "integrated_gradients"):
+        for nodes in node_scores(own, dictionaries, batch, method=method).values():
+            assert not nodes.latents[:2].any()
+            assert not nodes.errors[:, :2].any()
+            assert nodes.latents[2:].any()
+
+
+def test_magnitudes_by_hand(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["transcoder"]
+    found = node_scores(own, {"d": d}, batch, method="magnitude")["d"]
+    x, y = (activations(own, batch, site)[0] for site in ("mlp_in.1", "mlp_out.1"))
+    torch.testing.assert_close(found.latents, (d.encode(x).abs() * d.W_dec.norm(dim=1)).mean(0))
+    torch.testing.assert_close(found.errors[0], (y - d(x).recon).norm(dim=-1).mean(0))
+
+
+def test_random_scores_are_of_active_nodes(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["stream"]
+    found = node_scores(own, {"d": d}, batch, method="random")["d"]
+    active = (d.encode(activations(own, batch, "resid_post.0")[0]) != 0).any(0)
+    assert torch.equal(found.latents > 0, active)
+    assert len(found.latents[active].unique()) == active.sum()
+    again = node_scores(own, {"d": d}, batch, method="random")["d"]
+    assert torch.equal(found.latents, again.latents)
+
+
+def test_what_cannot_stand_in_a_model_together(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["stream"]
+    with pytest.raises(DictlearnError, match="one dictionary: a and b write resid_post"):
+        node_scores(own, {"a": d, "b": d}, batch)
+    with pytest.raises(DictlearnError, match="at least one dictionary"):
+        node_scores(own, {}, batch)
+    with pytest.raises(DictlearnError, match="has no kind 'gradients'"):
+        node_scores(own, {"a": d}, batch, method="gradients")
+    with pytest.raises(DictlearnError, match="positions must be one of each, all, got 'some'"):
+        node_scores(own, {"a": d}, batch, positions="some")
+    with pytest.raises(DictlearnError, match="metric must be one of logit_difference"):
+        node_scores(own, {"a": d}, batch, metric="loss")
