@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
+from dictlearn.hub.codecs._sae_lens import CONFIG
 from dictlearn.hub.codecs.base import Codec
 from dictlearn.hub.files import Files
 from dictlearn.hub.origin import hf_id, modules_of, stated_l0
@@ -70,9 +71,13 @@ class Place:
         self.files.used.clear()
         kind = self._format()
         dictionary = _codecs()[kind].read(self.files, self.path)
-        if kind != NATIVE or self.files.source:
+        if self.files.source or kind != NATIVE or not self._is_ours():
             dictionary.metadata = {**dictionary.metadata, **self._origin(kind, dictionary)}
         return dictionary
+
+    def _is_ours(self) -> bool:
+        """Whether native files are of this package: then they have said already where the dictionary is from."""
+        return "dictlearn" in read_json(self.files.path(posixpath.join(self.path, CONFIG)))["metadata"]
 
     def _origin(self, kind: str, dictionary: Dictionary) -> dict[str, Any]:
         """The language model's id and contexts, the modules of the sites, the L0 published, and the source."""

@@ -239,6 +239,18 @@ def test_a_jump_relu_of_sae_lens_is_read_by_its_rule(tmp_path: Path) -> None:
     assert loaded.sparsifier.kind == "jump_relu"
 
 
+def test_the_origin_of_a_file_of_sae_lens(tmp_path: Path) -> None:
+    """On disk as on the Hub."""
+    metadata = {"sae_lens_version": "6.18.0", "hook_name": "blocks.3.hook_resid_pre", "model_name": "gpt2-small"}
+    foreign(tmp_path, metadata=metadata | {"l0": 12.5, "context_size": 128, "prepend_bos": True})
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    source = loaded.metadata.pop("source")
+    assert (source["folder"], source["format"], *source["config"]) == (str(tmp_path), "native", "cfg.json")
+    known = {"lm_name": "gpt2", "ctx": 128, "prepend_bos": True, "published_l0": 12.5}
+    assert loaded.metadata == known | {"modules": {"resid_pre.3": "h.3:in"}}
+
+
 def test_a_single_head_is_refused(tmp_path: Path) -> None:
     foreign(tmp_path)
     metadata = {"sae_lens_version": "6.18.0", "hook_name": "blocks.3.attn.hook_z", "hook_head_index": 3}
