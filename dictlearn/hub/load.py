@@ -119,8 +119,9 @@ def _places(ref: Path) -> Place | list[Place]:
 def _on_disk(path: Path) -> list[Place]:
     """Those of a run folder; the one of a file, or of another folder. DictlearnError where there are more."""
     if path.is_file():
-        files = local_files(path.parent)
-        return [Place(files, path.name)] if path.name in places(files) else []
+        folder = path.parents[path.parent.name == "checkpoints"]  # their configuration is above
+        files, name = local_files(folder), path.relative_to(folder).as_posix()
+        return [Place(files, name)] if name in places(files) else []
     if (path / "dictionaries").is_dir():
         return [Place(local_files(cfg.parent), "") for cfg in sorted((path / "dictionaries").glob("*/cfg.json"))]
     files = local_files(path)

@@ -127,6 +127,23 @@ def test_the_rule(tmp_path: Path, kind: str) -> None:
     assert loaded.metadata.items() >= {"lm_name": "org/lm", "ctx": 128}.items()
 
 
+@pytest.mark.parametrize("kind", ["AutoEncoderTopK", "JumpReluAutoEncoder"])
+def test_a_checkpoint_has_the_configuration_of_the_folder_above(tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "resid_post_layer_4" / "trainer_0"
+    last, earlier = write(run, kind), {name: t + 1 for name, t in state(kind).items()}
+    if "k" in earlier:
+        earlier["k"] = torch.tensor(K)
+    (run / "checkpoints").mkdir()
+    torch.save(earlier, run / "checkpoints" / "ae_500.pt")
+    check(run, kind, last)
+    (place,) = [ref for ref in dictlearn.list(tmp_path) if ref.endswith("ae_500.pt")]
+    loaded = dictlearn.load(f"{tmp_path}/resid_post_layer_4/trainer_0/checkpoints/ae_500.pt")
+    assert place.endswith("trainer_0/checkpoints/ae_500.pt")
+    assert isinstance(loaded, Dictionary)
+    x = torch.randn(9, D)
+    torch.testing.assert_close(loaded(x).recon.double(), rule(kind, earlier, x)[1], atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_few_bits_are_folded_in_float32(tmp_path: Path, kind: str) -> None:
     stored = {n: t.bfloat16() if t.is_floating_point() else t for n, t in state(kind).items()}

@@ -11,7 +11,7 @@ for TopK and BatchTopK, whose tensors have the same names. `nn.Linear` weights a
     JumpReluAutoEncoder      relu above thresholds; x
 
 The `ae.pt` of an interrupted training is a backup, in the units of normalised activations: biases and thresholds
-are multiplied by its norm_factor.
+are multiplied by its norm_factor. What was saved in between, `checkpoints/ae_STEP.pt`, is as `ae.pt`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError, FormatError
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
+CHECKPOINT = re.compile(r"(?:(.+)/)?checkpoints/ae_\d+\.pt")
 LINEAR = {"encoder.weight": "nd", "encoder.bias": "n", "decoder.weight": "dn"}
 PLAIN = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
 SHAPES = {  # class -> tensor -> axes: d the width, n the latents, g the groups
@@ -75,16 +76,18 @@ class State(NamedTuple):
 class DictionaryLearning:
     """All seven classes, and backups of interrupted trainings."""
 
-    layout: ClassVar[str] = f"{WEIGHTS} with the tensors of one of {', '.join(SHAPES)}"
+    layout: ClassVar[str] = f"{WEIGHTS} or checkpoints/ae_STEP.pt with the tensors of one of {', '.join(SHAPES)}"
 
     def find(self, names: Sequence[str]) -> list[str]:
-        return folders_with(names, WEIGHTS)
+        return folders_with(names, WEIGHTS) + [name for name in names if CHECKPOINT.fullmatch(name)]
 
     def matches(self, files: Files, place: str) -> bool:
         return True  # no other format has a file of this name
 
     def read(self, files: Files, place: str) -> Dictionary:
-        path, config = files.path(posixpath.join(place, WEIGHTS)), posixpath.join(place, CONFIG)
+        earlier = CHECKPOINT.fullmatch(place)
+        folder, name = (earlier[1] or "", place) if earlier else (place, posixpath.join(place, WEIGHTS))
+        path, config = files.path(name), posixpath.join(folder, CONFIG)
         cfg = read_json(files.path(config)) if config in files.names else {}
         trainer, buffer = (part if isinstance(part := cfg.get(key), dict) else {} for key in ("trainer", "buffer"))
         state = _state(path, trainer.get("dict_class"))
