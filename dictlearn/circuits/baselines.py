@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -50,21 +48,3 @@ def _autoencoder(
         made.b_enc.copy_(-rows @ mean)
         made.b_dec.copy_(mean)
     return made.for_inference()
-
-
-def baselines_of(
-    dictionary: Dictionary, acts: dict[str, Sample], l0: float, seed: int = 0
-) -> dict[str, dict[str, Dictionary]]:
-    """Baselines of a dictionary at its write sites, by kind and site: neurons, PCA, random of equal L0.
-
-    Args:
-        acts: activations of some tokens at the write sites, by name.
-        l0: of the dictionary on such tokens; that of each write site, where it has several.
-    """
-    n = dictionary.n_latents // len(dictionary.writes)
-    makers: dict[str, Callable[[str, Tensor], Dictionary]] = {
-        "neurons": neurons,
-        "pca": pca,
-        "random": lambda site, own: random(site, own, n, l0, seed),
-    }
-    return {kind: {s: make(s, acts[s]) for s in dictionary.writes} for kind, make in makers.items()}

@@ -46,7 +46,7 @@ def decomposed(model: PreTrainedModel, n_parts: int = 1) -> Iterator[None]:
 @torch.no_grad()
 def relevant_logits(
     model: PreTrainedModel, ids: TokenIds, edits: Mapping[Site, Beta], n_parts: int = 1, logits_to_keep: int = 0
-) -> Float[Tensor, "betas ctx vocab"]:
+) -> Float[Tensor, "betas kept vocab"]:
     """The part of the logits that stems from what is taken for beta at sites of the model, `n_parts` times for each
     row of `ids [n, ctx]`; betas = n_parts * n, the parts one after the other.
 

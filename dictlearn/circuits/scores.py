@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ from dictlearn.circuits.pairs import PairBatch
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import LM
 from dictlearn.registry import lookup
+from dictlearn.types import DictlearnError
 
 PACKAGE = "dictlearn.circuits.methods"
 
@@ -23,19 +25,36 @@ def node_scores(
     dictionaries: Mapping[str, Dictionary],
     batch: PairBatch,
     metric: str | None = None,
-    method: str | Method = "gradient",
+    method: str | Mapping[str, Any] | Method = "gradient",
     positions: str = "each",
 ) -> dict[str, NodeValues]:
     """How much every node of the dictionaries matters for the metric: estimates of m(patched) - m(clean).
 
     Args:
         metric: one of metrics.py; None: that of the pairs.
-        method: the name of a file in circuits/methods, with its defaults, or one with other settings.
+        method: the name of a file in circuits/methods, {name: settings}, or a method itself.
         positions: a node for "each" position, or one for "all" of them.
 
     Raises DictlearnError for unknown names, and dictionaries that cannot stand in a model together.
     """
     own = model.model if isinstance(model, LM) else model
-    chosen = method if isinstance(method, Method) else lookup(PACKAGE, method)()
     pairs = (batch if metric is None else replace(batch, metric=metric)).to(own.device)
-    return chosen.scores(own, cuts_of(own, dictionaries), pairs, positions)
+    return method_of(method).scores(own, cuts_of(own, dictionaries), pairs, positions)
+
+
+def method_of(method: str | Mapping[str, Any] | Method) -> Method:
+    """The method of a name, with its defaults, or of {name: settings}; raises DictlearnError for unknown ones."""
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str | Mapping) or (not isinstance(method, str) and len(method) != 1):
+        raise DictlearnError(f"method must be a name, or one name with its settings, got {method!r}.")
+    name, settings = (method, {}) if isinstance(method, str) else next(iter(method.items()))
+    return with_settings(PACKAGE, name, settings)
+
+
+def with_settings(package: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """An object of a kind in `package`; raises DictlearnError for an unknown kind or setting."""
+    try:
+        return lookup(package, name)(**settings)
+    except TypeError as error:
+        raise DictlearnError(f"{name}: {error}.") from None

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dictlearn.circuits.cdt import relevant_logits
 from dictlearn.circuits.cuts import cuts_of
+from dictlearn.circuits.flow import information_flow
 from dictlearn.circuits.methods.base import Method
+from dictlearn.circuits.methods.cdt import CDT
 from dictlearn.circuits.methods.exact import Exact
 from dictlearn.circuits.methods.gradient import Gradient
 from dictlearn.circuits.methods.integrated_gradients import IntegratedGradients
+from dictlearn.circuits.methods.relp import RelP
 from dictlearn.circuits.nodes import NodeValues
 from dictlearn.circuits.pairs import PairBatch
+from dictlearn.circuits.rules import relevance
 from dictlearn.circuits.scores import node_scores
 from dictlearn.lm import resolve
 from dictlearn.lm.taps import capture, edit
@@ -250,3 +255,73 @@ def test_what_cannot_stand_in_a_model_together(model: GetModel) -> None:
         node_scores(own, {"a": d}, batch, positions="some")
     with pytest.raises(DictlearnError, match="metric must be one of logit_difference"):
         node_scores(own, {"a": d}, batch, metric="loss")
+
+
+def test_contextual_decomposition_by_hand(model: GetModel) -> None:
+    """One node: beta is what the clean prompt has more of it."""
+    own, batch = model("llama"), some_pairs()
+    d = some_dictionaries(own)["stream"]
+    clean, patch = activations(own, batch, "resid_post.0")
+    found = node_scores(own, {"d": d}, batch, method=CDT(n_rows=12))["d"]
+    rows = torch.arange(len(batch))
+    for position, latent in (found.latents != 0).nonzero()[::7].tolist():
+        beta = torch.zeros_like(clean)
+        more = (d.encode(clean) - d.encode(patch))[:, position, latent]
+        beta[:, position] = more.unsqueeze(-1) * d.W_dec[latent]
+        logits = relevant_logits(own, batch.clean, {resolve(own, "resid_post.0"): beta})[:, -1]
+        effect = logits[rows, batch.wrong[:, 0]] - logits[rows, batch.answers[:, 0]]
+        torch.testing.assert_close(found.latents[position, latent], effect.mean())
+
+
+def test_contextual_decomposition_in_a_linear_model_is_exact(tmp_path: Path) -> None:
+    own, batch = tiny_model(tmp_path, "gpt2"), some_pairs()
+    d = {"d": some_dictionaries(own)["attention"]}
+    for layer in own.transformer.h:
+        layer.attn.c_attn.weight.data[:, : 2 * layer.attn.embed_dim] = 0
+        layer.mlp.c_proj.weight.data.zero_()
+    exact, found = (node_scores(own, d, batch, method=method)["d"] for method in ("exact", "cdt"))
+    moving = exact.latents.abs() > 1e-3
+    assert moving.sum() > 10
+    # all that is left of the model are norms, whose denominators stay: nearly the exact effect of small nodes
+    assert torch.corrcoef(torch.stack([exact.latents[moving], found.latents[moving]]))[0, 1] > 0.9
+
+
+def test_information_flow_of_nodes_by_hand(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    d = some_dictionaries(own)["mlp"]
+    found = node_scores(own, {"d": d}, batch, method="information_flow")["d"]
+    share = information_flow(own, batch.clean).sites["mlp_out.2"]
+    y, _ = activations(own, batch, "mlp_out.2")
+    code = d.encode(y)
+    latents, errors = torch.zeros(6, d.n_latents, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    for row in range(len(batch)):
+        for t in range(6):
+            target = y[row, t]
+            parts = [code[row, t, i] * d.W_dec[i] for i in range(d.n_latents)]
+            parts.append(target - sum(parts))
+            near = torch.stack([(target.abs().sum() - (target - z).abs().sum()).clamp_min(0) for z in parts])
+            near = near / near.sum() * share[row, t]
+            latents[t] += near[:-1] / len(batch)
+            errors[t] += near[-1] / len(batch)
+    torch.testing.assert_close(found.latents, latents)
+    torch.testing.assert_close(found.errors[0], errors)
+    assert float(found.latents.sum()) > 0
+    with pytest.raises(DictlearnError, match=r"Information flow knows no site attn_z\.2"):
+        node_scores(own, {"z": some_dictionaries(own)["z"]}, batch, method="information_flow")
+
+
+def test_relevance_of_a_site_adds_up(model: GetModel) -> None:
+    """To the coefficients of the rules times (x_patch - x_clean)."""
+    own, batch = model("llama"), some_pairs()
+    dictionaries = some_dictionaries(own)
+    for method in (RelP(), RelP(attention=True)):
+        found = node_scores(own, dictionaries, batch, method=method)
+        for name, d in dictionaries.items():
+            clean, patch = activations(own, batch, d.writes[0])
+            with relevance(own, attention=method.attention):
+                coefficients = plain_gradient(own, batch, d.writes[0], clean)
+            expected = (coefficients * (patch - clean)).sum(-1).mean(0)
+            total = found[name].latents.sum(-1) + found[name].errors.sum(0)
+            torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    plain = node_scores(own, dictionaries, batch)
+    assert not torch.allclose(plain["stream"].latents, found["stream"].latents, rtol=0.01)

@@ -2,116 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dictlearn.checks import check_count
-from dictlearn.circuits.cuts import Acts, Cut, labels, n_positions, record
-from dictlearn.circuits.methods.base import Method, recorded
-from dictlearn.circuits.nodes import NodeValues
+from dictlearn.circuits.cuts import Cut, record
+from dictlearn.circuits.methods._one_by_one import OneByOne
 from dictlearn.circuits.pairs import PairBatch
 from dictlearn.lm.taps import edit
-from dictlearn.types import Site
 
 
-class Exact(Method):
+class Exact(OneByOne):
     """m(patched) - m(clean) where one node has its value on the patch prompt and all that follows is computed anew.
 
-    One forward of the pairs for each node that differs between clean and patch. `nodes` says which ones are scored,
-    as masks by dictionary; None: all. The others have score 0.
-
-    Args:
-        n_rows: prompts in one forward.
+    One forward of the pairs for each node that differs between clean and patch.
     """
 
-    def __init__(self, nodes: Mapping[str, NodeValues] | None = None, n_rows: int = 256) -> None:
-        check_count("n_rows", n_rows)
-        self.nodes, self.n_rows = nodes, n_rows
+    def effects(
+        self, model: PreTrainedModel, cut: Cut, batch: PairBatch, added: Float[Tensor, "nodes n ctx n_writes d_out"]
+    ) -> Float[Tensor, "nodes n"]:
+        flat = added.flatten(0, 1)  # [nodes * n, ctx, n_writes, d_out]
 
-    @torch.no_grad()
-    def scores(
-        self, model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch, positions: str
-    ) -> dict[str, NodeValues]:
-        clean, patch = recorded(model, cuts, batch)
-        base = batch.value(record(model, (), batch.clean)[0])  # [n]
-        found = {}
-        for cut in cuts:
-            moves = _moves(cut, clean, patch, batch, positions)
-            wanted = moves.differing() if self.nodes is None else self._wanted(cut, moves)
-            latents, errors = (torch.zeros_like(mask, dtype=base.dtype) for mask in wanted)
-            for table, of_node in ((latents, moves.of_latents), (errors, moves.of_errors)):
-                places = wanted[table is errors].nonzero()
-                for some in places.split(max(1, self.n_rows // len(batch))):
-                    values = _patched(model, cut, batch, of_node(some))  # [n_nodes, n]
-                    table[some[:, 0], some[:, 1]] = (values - base).mean(-1)
-            found[cut.name] = NodeValues(latents, errors)
-        return found
+        def adding(place: int) -> Callable[[Tensor], Tensor]:
+            return lambda act: act + flat[..., place, :].to(act.dtype)
 
-    def _wanted(self, cut: Cut, moves: _Moves) -> NodeValues:
-        assert self.nodes is not None
-        differing, asked = moves.differing(), self.nodes[cut.name]
-        return NodeValues(differing.latents & asked.latents, differing.errors & asked.errors)
-
-
-class _Moves(NamedTuple):
-    """What patching adds to the write sites of a dictionary.
-
-    `values` [n, ctx, n_latents] of latents, `rests` [n, ctx, n_writes, d_out], `at` [n_positions, ctx] where a
-    node's positions are.
-    """
-
-    cut: Cut
-    values: Tensor
-    rests: Tensor
-    at: Tensor
-
-    def differing(self) -> NodeValues:
-        """Nodes whose values differ between the clean and the patch prompt of a pair."""
-        latents = self.at.to(self.values.dtype) @ (self.values != 0).any(0).to(self.values.dtype)
-        errors = (self.rests != 0).any(-1).any(0).T.to(self.values.dtype) @ self.at.T.to(self.values.dtype)
-        return NodeValues(latents > 0, errors > 0)
-
-    def of_latents(self, nodes: Tensor) -> Float[Tensor, "nodes n ctx n_writes d_out"]:
-        """What patching each node, (position, latent), adds."""
-        places, latents = nodes.unbind(-1)
-        ones = torch.zeros(len(nodes), self.values.shape[-1]).to(self.values)
-        rows = self.cut.written(ones.scatter(1, latents.unsqueeze(-1), 1.0))  # [nodes, n_writes, d_out]
-        moved = self.values[..., latents].movedim(-1, 0) * self.at[places].unsqueeze(1)  # [nodes, n, ctx]
-        return moved[..., None, None] * rows[:, None, None]
-
-    def of_errors(self, nodes: Tensor) -> Float[Tensor, "nodes n ctx n_writes d_out"]:
-        """What patching each error node, (write, position), adds."""
-        writes, places = nodes.unbind(-1)
-        own = torch.nn.functional.one_hot(writes, self.rests.shape[-2])  # [nodes, n_writes]
-        return self.rests * self.at[places][:, None, :, None, None] * own[:, None, None, :, None]
-
-
-def _moves(cut: Cut, clean: Acts, patch: Acts, batch: PairBatch, positions: str) -> _Moves:
-    label = labels(batch.ctx, positions, batch.n_special, batch.clean.device)
-    places = torch.arange(n_positions(batch.ctx, positions), device=label.device)
-    values, rests = [], []
-    for acts in (patch, clean):
-        values.append(cut.dense_values(cut.dictionary.select_reads(acts)))
-        rests.append(cut.targets(acts) - cut.written(values[-1]))
-    return _Moves(cut, values[0] - values[1], rests[0] - rests[1], label == places.unsqueeze(-1))
-
-
-def _patched(
-    model: PreTrainedModel, cut: Cut, batch: PairBatch, added: Float[Tensor, "nodes n ctx n_writes d_out"]
-) -> Float[Tensor, "nodes n"]:
-    """The metric where something is added at the write sites of a dictionary."""
-    flat = added.flatten(0, 1)  # [nodes * n, ctx, n_writes, d_out]
-
-    def adding(place: int):  # noqa: ANN202
-        return lambda act: act + flat[..., place, :].to(act.dtype)
-
-    edits: dict[Site, object] = {site: adding(place) for place, site in enumerate(cut.writes)}
-    many = batch.repeat(len(added))
-    with edit(model, edits):  # type: ignore[arg-type]
-        logits = model(input_ids=many.clean, use_cache=False).logits[:, -1]
-    return many.value(logits).unflatten(0, added.shape[:2])
+        many = batch.repeat(len(added))
+        with torch.no_grad(), edit(model, {site: adding(place) for place, site in enumerate(cut.writes)}):
+            logits = model(input_ids=many.clean, use_cache=False).logits[:, -1]
+        base = batch.value(record(model, (), batch.clean)[0])
+        return many.value(logits).unflatten(0, added.shape[:2]) - base

@@ -1,0 +1,201 @@
+"""The block `circuits`: faithfulness of the circuits that dictionaries cut, beside neurons, PCA and random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dictlearn.checks import check_choice, check_count, check_flag
+from dictlearn.circuits.ablation import ABLATIONS, Ablation
+from dictlearn.circuits.baselines import neurons, pca, random
+from dictlearn.circuits.cuts import POSITIONS, cuts_of, record
+from dictlearn.circuits.faithfulness import ERRORS, Curve, curve, error_share
+from dictlearn.circuits.methods.base import Method
+from dictlearn.circuits.nodes import ORDERS
+from dictlearn.circuits.pairs import PairBatch
+from dictlearn.circuits.scores import method_of, with_settings
+from dictlearn.circuits.tasks.base import Task
+from dictlearn.dictionaries import Dictionary
+from dictlearn.evaluation.context import EvaluationContext, Sections
+from dictlearn.lm import LM
+from dictlearn.types import DictlearnError
+
+TASKS = "dictlearn.circuits.tasks"
+SAMPLE_TOKENS = 4096  # held-out activations that PCA and the means of random dictionaries are estimated on
+FIND, TEST = 0, 1  # seeds of the pairs that circuits are found and judged on
+
+
+class Circuits:
+    """Finds circuits on some prompt pairs of each task and measures their faithfulness on others.
+
+    Dictionaries that write different sites are one cut of the model and are measured together; where two write the
+    same site, each is measured by itself.
+
+    Args:
+        tasks: names of files in circuits/tasks, or {name: settings}, as in [ioi, {agreement: {structure: rc}}].
+        n_pairs: pairs to find a circuit on, and as many others to judge it by.
+        method: how nodes are scored, see circuits/methods: a name, or {name: settings}.
+        positions: a node for "each" position of the prompt, or one for "all".
+        ablation, order: see `Ablation` and `Ranking`.
+        baselines: also measure neurons, PCA and random dictionaries of equal L0 at the same sites.
+        n_rows: prompts in one forward.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str | Mapping[str, Any]] = (),
+        n_pairs: int = 64,
+        method: str | Mapping[str, Any] = "relp",
+        positions: str = "each",
+        ablation: str = "mean_positional",
+        order: str = "absolute",
+        baselines: bool = True,
+        n_rows: int = 32,
+    ) -> None:
+        if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+            raise DictlearnError(f"circuits must be a list of tasks, such as [ioi,greater_than], got {tasks!r}.")
+        self.tasks: dict[str, Task] = dict(_named(TASKS, task) for task in tasks)
+        self.method: Method = method_of(method)
+        self.method_name = method if isinstance(method, str) else next(iter(method))
+        check_count("n_pairs", n_pairs, 2)
+        check_count("n_rows", n_rows)
+        check_choice("positions", positions, POSITIONS)
+        check_choice("ablation", ablation, ABLATIONS)
+        check_choice("order", order, ORDERS)
+        check_flag("baselines", baselines)
+        self.n_pairs, self.n_rows, self.baselines = n_pairs, n_rows, baselines
+        self.positions, self.ablation, self.order = positions, ablation, order
+
+    def run(self, context: EvaluationContext) -> dict[str, Sections]:
+        if not self.tasks:
+            return {}
+        if context.planted is not None:
+            why = "circuits are left out: planted activations come without a language model"
+            return {name: {"warnings": [why]} for name in context.dictionaries}
+        sections: dict[str, Sections] = {}
+        for together in _sets(context.dictionaries):
+            found = self._of_set(context, together)
+            sections |= dict.fromkeys(together, found)
+        return sections
+
+    def _of_set(self, context: EvaluationContext, dictionaries: Mapping[str, Dictionary]) -> Sections:
+        cuts_of(context.lm.model, dictionaries)
+        others = _baselines(context, dictionaries) if self.baselines else {}
+        bos = any(d.metadata.get("prepend_bos") for d in dictionaries.values())
+        found: dict[str, Any] = {}
+        warnings: list[str] = []
+        for name, task in self.tasks.items():
+            pairs = [task.pairs(context.lm.tokenizer, self.n_pairs, seed, bos) for seed in (FIND, TEST)]
+            find, test = (own.to(context.lm.device) for own in pairs)
+            try:
+                found[name] = self._of_task(context.lm, dictionaries, others, find, test)
+            except DictlearnError as error:
+                warnings.append(f"circuits.{name} is left out: {error}")
+                continue
+            if found[name]["accuracy"] < 0.5:
+                warnings.append(
+                    f"circuits.{name}: the model prefers the right answer on {found[name]['accuracy']:.0%} of the "
+                    "prompts alone: it does not do this task"
+                )
+        section = {
+            "dictionaries": list(dictionaries),
+            "method": self.method_name,
+            "positions": self.positions,
+            "ablation": self.ablation,
+            "order": self.order,
+            "n_pairs": self.n_pairs,
+            "tasks": found,
+        }
+        return {"circuits": section, "warnings": warnings}
+
+    def _of_task(
+        self,
+        lm: LM,
+        dictionaries: Mapping[str, Dictionary],
+        others: Mapping[str, Mapping[str, Dictionary]],
+        find: PairBatch,
+        test: PairBatch,
+    ) -> dict[str, Any]:
+        """The numbers of one task: of the dictionaries in the three treatments of errors, and of each baseline."""
+        clean, patch = (test.value(record(lm.model, (), ids)[0]) for ids in (test.clean, test.patch))
+        found: dict[str, Any] = {
+            "metric": test.metric,
+            "metric_clean": float(clean.mean()),
+            "metric_patch": float(patch.mean()),
+            "accuracy": float((clean > 0).double().mean()),
+        }
+        for kind, own in {"dictionaries": dictionaries, **others}.items():
+            cut = cuts_of(lm.model, own)
+            scores = self.method.scores(lm.model, cut, find, self.positions)
+            ablation = Ablation(lm.model, cut, test, self.ablation, self.n_rows)
+            exact = kind in ("neurons", "pca")  # there are no errors
+            modes = ERRORS[:1] if exact else ERRORS
+            curves = {mode: curve(lm.model, cut, ablation, scores, mode, self.order) for mode in modes}
+            share = {} if exact else {"error_share": error_share(scores)}
+            found[kind] = share | {mode: _numbers(own_curve) for mode, own_curve in curves.items()}
+        return found
+
+
+def _numbers(found: Curve) -> dict[str, Any]:
+    table = found.table()
+    return found.summary() | {"curve": {str(name): table[name].tolist() for name in table}}
+
+
+def _named(package: str, entry: str | Mapping[str, Any]) -> tuple[str, Any]:
+    """An object of the package by its name; with settings under a name that says them."""
+    if isinstance(entry, str):
+        return entry, with_settings(package, entry, {})
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise DictlearnError(f"A task is a name, or one name with its settings, got {entry!r}.")
+    ((name, settings),) = entry.items()
+    return "_".join([name, *map(str, settings.values())]), with_settings(package, name, settings)
+
+
+def _sets(dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
+    """All dictionaries together, or each alone where two write the same site."""
+    written = [site for d in dictionaries.values() for site in d.writes]
+    if len(set(written)) == len(written):
+        return [dict(dictionaries)]
+    return [{name: d} for name, d in dictionaries.items()]
+
+
+class _Seen(NamedTuple):
+    """Held-out activations at the write sites of a dictionary, and its L0 at each of them."""
+
+    acts: dict[str, Float[Tensor, "n d"]]
+    l0: float
+
+
+def _baselines(
+    context: EvaluationContext, dictionaries: Mapping[str, Dictionary]
+) -> dict[str, dict[str, Dictionary]]:
+    """Dictionaries at the same write sites, by kind and site."""
+    made: dict[str, dict[str, Dictionary]] = {"neurons": {}, "pca": {}, "random": {}}
+    for name, d in dictionaries.items():
+        seen = _seen(context, name, d)
+        for site, acts in seen.acts.items():
+            made["neurons"][site] = neurons(site, acts)
+            made["pca"][site] = pca(site, acts)
+            made["random"][site] = random(site, acts, d.n_latents // len(d.writes), seen.l0)
+    return made
+
+
+@torch.no_grad()
+def _seen(context: EvaluationContext, name: str, d: Dictionary) -> _Seen:
+    parts: dict[str, list[Tensor]] = {site: [] for site in d.writes}
+    n_active = n_tokens = 0
+    for batch in context.batches("circuits", context.rows_of(SAMPLE_TOKENS)):
+        mask = batch.masks[context.mask_key(name)]
+        acts = {site: act[mask] for site, act in context.activations(batch, {*d.reads, *d.writes}).items()}
+        for site, own in parts.items():
+            own.append(acts[site].to(d.b_dec.dtype))
+        latents = d.encode_sparse(d.select_reads(acts))
+        n_active += int((latents.values != 0).sum())
+        n_tokens += latents.n_tokens
+    if not n_tokens:
+        raise DictlearnError("No held-out token of the first rows is counted: baselines have no activations.")
+    return _Seen({site: torch.cat(own) for site, own in parts.items()}, n_active / n_tokens / len(d.writes))
