@@ -115,6 +115,25 @@ def test_the_language_model_is_that_of_the_run(tmp_path: Path) -> None:
     assert loaded.metadata["lm_name"] == "EleutherAI/pythia-70m"
 
 
+@pytest.mark.parametrize(
+    ("module", "transcode", "sites"),
+    [
+        ("layers.3.mlp", False, ("model.layers.3.mlp", "model.layers.3.mlp")),
+        ("layers.3.mlp", True, ("mlp_in.3", "model.layers.3.mlp")),
+        ("layers.3", False, ("resid_post.3", "resid_post.3")),
+    ],
+)
+def test_a_module_before_a_norm_is_no_readable_site(
+    tmp_path: Path, module: str, transcode: bool, sites: tuple[str, str]
+) -> None:
+    """In Gemma 2 mlp_out is what the norm behind the MLP gives."""
+    write(tmp_path / module, transcode=transcode)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "google/gemma-2-2b"}))
+    loaded = dictlearn.load(tmp_path)
+    assert isinstance(loaded, Dictionary)
+    assert (loaded.reads, loaded.writes) == ((sites[0],), (sites[1],))
+
+
 def test_a_transcoder_may_write_another_width(tmp_path: Path) -> None:
     write(tmp_path, transcode=True)
     w = {"encoder.weight": torch.randn(N, D), "encoder.bias": torch.randn(N)}

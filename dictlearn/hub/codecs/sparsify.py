@@ -22,6 +22,7 @@ from dictlearn.hub.canonical import Weights, linear
 from dictlearn.hub.codecs._writing import check_held, lacks, write_tensors, write_text
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
+from dictlearn.hub.origin import modules_of
 from dictlearn.hub.weights import read_json, read_shapes, read_tensors
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.abs_top_k import AbsTopK
@@ -68,7 +69,8 @@ class Sparsify:
             shapes |= {"W_dec": (n, *width), "b_dec": width} | ({"W_skip": (*width, d)} if skip else {})
         w = read_tensors(path, shapes)
         weights = Weights(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"], W_skip=w.get("W_skip"))
-        read, write = _sites(posixpath.basename(files.origin(place)), transcode)
+        module, lm = posixpath.basename(files.origin(place)), _lm_name(files)
+        read, write = (_itself(site, module, lm) for site in _sites(module, transcode))
         return linear(
             path,
             weights,
@@ -76,7 +78,7 @@ class Sparsify:
             read,
             write,
             b_dec_on_input=not transcode,
-            metadata={"lm_name": _lm_name(files)},
+            metadata={"lm_name": lm},
         )
 
     @torch.no_grad()
@@ -148,6 +150,12 @@ def _sites(module: str, transcode: bool) -> tuple[str, str]:
     kind, _, number = write.partition(".")
     reads = {"mlp_out": "mlp_in", "attn_out": "attn_in", "resid_post": "resid_pre"}
     return (f"{reads[kind]}.{number}" if kind in reads else "x"), (write if kind in reads else "y")
+
+
+def _itself(site: str, module: str, lm: str | None) -> str:
+    """The module's path where the site of its output is another: behind a norm in Gemma 2 and 3."""
+    where = modules_of(lm, [site]).get(site, module)
+    return site if where.endswith((module, ":in")) else f"model.{module}"
 
 
 def _lm_name(files: Files) -> str | None:
