@@ -65,7 +65,7 @@ class _Layer(NamedTuple):
 def information_flow(model: PreTrainedModel, ids: TokenIds) -> Flow:
     """How much of what the model holds at the last position of `ids [n, ctx]` flows through each site.
 
-    Biases are nobody's contribution. Where no contribution points along the sum, nothing flows on.
+    Biases are nobody's contribution. Where no contribution points along the sum, all flows in the stream.
 
     Raises DictlearnError for a family or a module that is not known, and where norms stand on the residual stream
     itself, so that contributions do not sum up to it (opt-350m).
@@ -110,11 +110,14 @@ def _heads_nearness(y: Float[Tensor, "n ctx d"], layer: _Layer) -> Float[Tensor,
     return found
 
 
-def _spread(now: Float[Tensor, "n ctx"], *nearness: Float[Tensor, "n ctx *any"]) -> list[Tensor]:
-    """The share of each position, divided among contributions to it."""
-    total = sum((near.flatten(2).sum(2) if near.ndim > 2 else near for near in nearness), torch.zeros_like(now))
-    each = now / total.clamp_min(torch.finfo(now.dtype).tiny)
-    return [near * each.view(*now.shape, *[1] * (near.ndim - 2)) for near in nearness]
+def _spread(
+    now: Float[Tensor, "n ctx"], stream: Float[Tensor, "n ctx"], *others: Float[Tensor, "n ctx ..."]
+) -> list[Tensor]:
+    """The share of each position, divided by the nearness of the stream and of the other contributions."""
+    total = stream + sum(near.reshape(*now.shape, -1).sum(-1) for near in others)
+    stream, total = (torch.where(total > 0, x, 1.0) for x in (stream, total))
+    each = now / total
+    return [near * each.view(*now.shape, *[1] * (near.ndim - 2)) for near in (stream, *others)]
 
 
 def _layers(model: PreTrainedModel, ids: TokenIds) -> list[_Layer]:
