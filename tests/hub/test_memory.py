@@ -94,7 +94,19 @@ def goodfire(folder: Path, n: int) -> Path:
     return folder / "Llama-3.1-8B-Instruct-SAE-l19.pth"
 
 
-@pytest.mark.parametrize(("write", "most"), [(native, 1.2), (gemma_scope, 1.2), (sparsify, 1.6), (goodfire, 1.6)])
+def dictionary_learning(folder: Path, n: int) -> Path:
+    """Both transposed, and decoder rows get unit norm."""
+    folder.mkdir()
+    w = weights(n)
+    named = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"], "bias": w["b_dec"]}
+    torch.save(named | {"decoder.weight": w["W_dec"].T.contiguous()}, folder / "ae.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "most"),
+    [(native, 1.2), (gemma_scope, 1.2), (sparsify, 1.6), (goodfire, 1.6), (dictionary_learning, 1.6)],
+)
 def test_loading_takes_little_more_than_the_dictionary(
     tmp_path: Path, write: Callable[[Path, int], Path], most: float
 ) -> None:

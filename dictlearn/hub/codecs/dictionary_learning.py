@@ -29,7 +29,8 @@ from torch import Tensor
 from dictlearn.checks import LARGEST
 from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
-from dictlearn.hub.canonical import Weights, gate, linear
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.hub.canonical import Weights, check_finite, gate, linear
 from dictlearn.hub.codecs._writing import check_held, lacks, write_text, write_torch
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
@@ -150,7 +151,7 @@ def _their_config(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def _state(path: Path, kind: object) -> State:
-    """The tensors in float32 and raw units, checked against the class, which is found out if `kind` is None."""
+    """The tensors in raw units, checked against the class, which is found out if `kind` is None."""
     content, factor = read_torch(path), 1.0
     if isinstance(content.get("ae"), dict):  # a backup
         norm = content.get("norm_factor", 1.0)
@@ -169,10 +170,8 @@ def _state(path: Path, kind: object) -> State:
             f"the tensors {sorted(map(str, content))} are those of {' or '.join(fitting) or 'none of them'}."
         )
     check_tensors(path, content, _shapes(path, kind, content), integers=("k", "group_sizes"))
-    raw = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in content.items()}
-    for name in {*NORMALISED, "threshold"} & set(raw):
-        raw[name] = raw[name] * factor
-    return State(kind, raw)
+    scaled = {name: content[name].float() * factor for name in {*NORMALISED, "threshold"} & set(content)}
+    return State(kind, content | scaled)
 
 
 def _shapes(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -193,10 +192,6 @@ def _canonical(path: Path, state: State, read: str, write: str, metadata: Mappin
     match kind:
         case "AutoEncoder" | "AutoEncoderNew":
             sparsifier = ReLU(l1=0.0)
-            if kind == "AutoEncoder":
-                norms = W_dec.norm(dim=-1)
-                norms = torch.where(norms > 0, norms, 1.0)
-                W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms.unsqueeze(-1)
         case "AutoEncoderTopK":
             sparsifier = TopK(_k(w["k"]))
             sparsifier.bind(len(b_enc))
@@ -206,7 +201,21 @@ def _canonical(path: Path, state: State, read: str, write: str, metadata: Mappin
         case _:
             threshold = w["threshold"].expand(len(b_enc))
     weights = Weights(W_enc, b_enc, W_dec, b_dec, threshold)
-    return linear(path, weights, sparsifier, read, write, b_dec_on_input=kind not in UNCENTRED, metadata=metadata)
+    centred = kind not in UNCENTRED
+    made = linear(path, weights, sparsifier, read, write, b_dec_on_input=centred, metadata=metadata)
+    if kind == "AutoEncoder":
+        _unit_rows(made)
+        check_finite(path, made)
+    return made
+
+
+@torch.no_grad()
+def _unit_rows(made: Linear) -> None:
+    """What decoder rows are longer than 1 goes to the latents, in place."""
+    norms = made.decoder_norms()
+    norms = torch.where(norms > 0, norms, 1.0)
+    made.W_dec.div_(norms.unsqueeze(-1))
+    made.scale_latents_(norms)
 
 
 def _k(k: Tensor) -> int:
