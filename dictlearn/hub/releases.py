@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dictlearn.hub.places import some
 from dictlearn.types import DictlearnError
 
 CANONICAL_L0 = 100  # a canonical Gemma Scope dictionary is the one of its layer and width nearest to this L0
-MOST_NAMED = 20
 
 
 class Release(NamedTuple):
@@ -174,10 +174,10 @@ def place_of(release: str, given: str, places: Sequence[str]) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            raise DictlearnError(f"{release}/{given} may be {_some(found)}: name one by its path, {release}/PATH.")
+            raise DictlearnError(f"{release}/{given} may be {some(found)}: name one by its path, {release}/PATH.")
     raise DictlearnError(
         f"{release} has no {given!r}: an id is {'a layer' if '{}' in path and path != '{}' else 'a path'}, such as "
-        f"those in {_some(places)}."
+        f"those in {some(places)}."
     )
 
 
@@ -195,8 +195,3 @@ def _from_canonical(place: str) -> tuple[int, int]:
     l0 = re.search(r"average_l0_(\d+)$", place)
     value = int(l0[1]) if l0 else 10**9
     return abs(value - CANONICAL_L0), -value
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
