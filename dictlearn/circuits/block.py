@@ -77,7 +77,7 @@ class Circuits:
             why = "circuits are left out: planted activations come without a language model"
             return {name: {"warnings": [why]} for name in context.dictionaries}
         sections: dict[str, Sections] = {}
-        for together in _sets(context.dictionaries):
+        for together in sets_of(context.dictionaries):
             found = self._of_set(context, together)
             sections |= dict.fromkeys(together, found)
         return sections
@@ -85,13 +85,11 @@ class Circuits:
     def _of_set(self, context: EvaluationContext, dictionaries: Mapping[str, Dictionary]) -> Sections:
         cuts_of(context.lm.model, dictionaries)
         others = _baselines(context, dictionaries) if self.baselines else {}
-        bos = any(d.metadata.get("prepend_bos") for d in dictionaries.values())
         found: dict[str, Any] = {}
         warnings: list[str] = []
         for name, task in self.tasks.items():
-            pairs = [task.pairs(context.lm.tokenizer, self.n_pairs, seed, bos) for seed in (FIND, TEST)]
-            find, test = (own.to(context.lm.device) for own in pairs)
             try:
+                find, test = (self.pairs(task, context.lm, dictionaries, seed) for seed in (FIND, TEST))
                 found[name] = self._of_task(context.lm, dictionaries, others, find, test)
             except DictlearnError as error:
                 warnings.append(f"circuits.{name} is left out: {error}")
@@ -111,6 +109,11 @@ class Circuits:
             "tasks": found,
         }
         return {"circuits": section, "warnings": warnings}
+
+    def pairs(self, task: Task, lm: LM, dictionaries: Mapping[str, Dictionary], seed: int) -> PairBatch:
+        """Prompt pairs for the LM; with a beginning-of-sequence token where dictionaries were trained with one."""
+        bos = any(d.metadata.get("prepend_bos") for d in dictionaries.values())
+        return task.pairs(lm.tokenizer, self.n_pairs, seed, bos).to(lm.device)
 
     def _of_task(
         self,
@@ -155,7 +158,7 @@ def _named(package: str, entry: str | Mapping[str, Any]) -> tuple[str, Any]:
     return "_".join([name, *map(str, settings.values())]), with_settings(package, name, settings)
 
 
-def _sets(dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
+def sets_of(dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
     """All dictionaries together, or each alone where two write the same site."""
     written = [site for d in dictionaries.values() for site in d.writes]
     if len(set(written)) == len(written):

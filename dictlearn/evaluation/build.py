@@ -1,4 +1,4 @@
-"""The evaluation blocks of a configuration."""
+"""Objects of a configuration by name, such as its evaluation blocks."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from dictlearn.types import DictlearnError
 
 
 def build_blocks(evaluation: DictConfig) -> dict[str, EvaluationBlock]:
-    """The blocks of `evaluation.blocks` by name, in their order.
+    """The blocks of `evaluation.blocks` by name, in their order. Raises like `build_named`."""
+    return build_named(evaluation.get("blocks"), "evaluation.blocks", EvaluationBlock, "has no run(context)")
 
-    Raises ConfigError with one sentence for every one that is not a mapping with a `_target_` that builds an object
-    with `run(context)`.
+
+def build_named(nodes: Any, key: str, kind: type, lacks: str) -> dict[str, Any]:
+    """What the mapping `nodes`, at `key` of the configuration, builds, by name, in its order.
+
+    Raises ConfigError with one sentence for every one that is not a mapping with a `_target_` that builds a `kind`;
+    `lacks` says of another object why it is none.
     """
-    blocks = evaluation.get("blocks")
-    if not isinstance(blocks, DictConfig):
-        raise ConfigError([f"evaluation.blocks must name its blocks, got {blocks!r}"])
+    if not isinstance(nodes, DictConfig):
+        raise ConfigError([f"{key} must name its {key.rpartition('.')[2]}, got {nodes!r}"])
     problems: list[str] = []
-    built = {str(name): collect(problems, lambda n=name: _block(blocks, str(n))) for name in blocks}
+    built = {str(name): collect(problems, lambda n=name: _one(nodes, key, str(n), kind, lacks)) for name in nodes}
     if problems:
         raise ConfigError(problems)
-    return {name: block for name, block in built.items() if block is not None}
+    return {name: one for name, one in built.items() if one is not None}
 
 
-def _block(blocks: DictConfig, name: str) -> EvaluationBlock:
-    """Raises DictlearnError that starts with the block's key."""
-    key = f"evaluation.blocks.{name}"
+def _one(nodes: DictConfig, parent: str, name: str, kind: type, lacks: str) -> Any:
+    """Raises DictlearnError that starts with the object's key."""
+    key = f"{parent}.{name}"
     try:
-        node: Any = blocks[name]
+        node: Any = nodes[name]
         target = node.get("_target_") if isinstance(node, DictConfig) else None
     except OmegaConfBaseException as error:
         raise DictlearnError(f"{key}: {str(error).splitlines()[0]}") from error
     if not isinstance(target, str):
-        raise DictlearnError(
-            f"{key}: must be a mapping with a _target_ (leave the block out with ~{key}), got {node}"
-        )
+        raise DictlearnError(f"{key}: must be a mapping with a _target_ (leave it out with ~{key}), got {node}")
     try:
-        block = build(node)
+        one = build(node)
     except DictlearnError as error:
         raise DictlearnError(f"{key}: {' '.join(str(error).splitlines())}") from error
-    if not isinstance(block, EvaluationBlock):
-        raise DictlearnError(f"{key}: {target} builds a {type(block).__name__}, which has no run(context)")
-    return block
+    if not isinstance(one, kind):
+        raise DictlearnError(f"{key}: {target} builds a {type(one).__name__}, which {lacks}")
+    return one

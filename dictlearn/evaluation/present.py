@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dictlearn.evaluation.circuit_plots import plot_circuits
 from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext
 from dictlearn.evaluation.plots import plot_report
 from dictlearn.evaluation.run import Results, evaluate
@@ -22,8 +23,10 @@ def evaluate_and_show(
 ) -> Results:
     """`evaluate`, then the plots of every report under `plots`, then the table and what failed."""
     results = evaluate(context, blocks, out_dir_of)
-    for report in results.reports.values():
+    for name, report in results.reports.items():
         plot_report(report, plots)
+        if report.get("circuits", {}).get("tasks"):
+            plot_circuits(report, plots / f"{name}_circuits.png")
     console.print(report_table(results.reports))
     for name, report in results.reports.items():
         for warning in report["warnings"]:

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ from dictlearn.choices import is_count
 from dictlearn.config import ConfigError, build
 from dictlearn.data import SiteStatistics
 from dictlearn.dictionaries import Dictionary
+from dictlearn.evaluation.build import build_named
 from dictlearn.hub import load
 from dictlearn.lm import LM, reached, widths
 from dictlearn.training.learner import Learner, prepare
@@ -30,6 +32,11 @@ MOST_DEAD_AFTER = 10_000_000  # tokens
 def dead_after(dead_after_tokens: int | None, n_tokens: int) -> int:
     """Tokens of silence after which a latent counts as dead."""
     return max(1, min(MOST_DEAD_AFTER, n_tokens // 10)) if dead_after_tokens is None else dead_after_tokens
+
+
+def build_callbacks(cfg: DictConfig) -> dict[str, Callback]:
+    """The run's own callbacks, by name. Raises ConfigError with what is wrong with each."""
+    return build_named(cfg.callbacks, "callbacks", Callback, "is no Lightning callback")
 
 
 def build_members(

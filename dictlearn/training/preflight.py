@@ -28,7 +28,7 @@ from dictlearn.evaluation.build import build_blocks
 from dictlearn.files import folder_problem
 from dictlearn.lm import reached, site_width, skeleton
 from dictlearn.lm.dry_run import aliases, dry, dry_activations
-from dictlearn.training.build import build_dictionary, starting_dictionaries
+from dictlearn.training.build import build_callbacks, build_dictionary, starting_dictionaries
 from dictlearn.training.plan import lm_dtype
 from dictlearn.training.points import Entry, entries, nodes, points, sites_of
 from dictlearn.training.resampling import Resample
@@ -55,6 +55,7 @@ def problems(cfg: DictConfig, overrides: Sequence[str], resuming: bool = False) 
     text = _check_text(cfg, text, model, found)
     collect(found, lambda: _check_loggers(cfg))
     collect(found, lambda: build_blocks(cfg.evaluation))
+    collect(found, lambda: build_callbacks(cfg))
     if added := sorted(set(cfg.trainer) - set(TRAINER_KEYS)):
         names = ", ".join(f"trainer.{key}" for key in added)
         found.append(f"{names}: of Lightning's trainer only {', '.join(TRAINER_KEYS[1:])} can be set")

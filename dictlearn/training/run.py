@@ -26,7 +26,7 @@ from dictlearn.hub import save
 from dictlearn.hub.codecs.native import WEIGHTS
 from dictlearn.lm import LM, load_lm
 from dictlearn.registry import kind_of
-from dictlearn.training.build import build_members, captured_sites, sizes_of, starting_dictionaries
+from dictlearn.training.build import build_callbacks, build_members, captured_sites, sizes_of, starting_dictionaries
 from dictlearn.training.callbacks import (
     Environment,
     Identity,
@@ -258,6 +258,7 @@ def _fit(
             stopper,
             LastCheckpoint(checkpoints),
             periodic_checkpoint(checkpoints, n_steps),
+            *build_callbacks(cfg).values(),
         ],
         plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         max_steps=n_steps,

@@ -1,0 +1,84 @@
+"""Faithfulness while dictionaries train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from dictlearn.checks import check_count
+from dictlearn.circuits.ablation import Ablation
+from dictlearn.circuits.block import FIND, TEST, Circuits, sets_of
+from dictlearn.circuits.cuts import cuts_of
+from dictlearn.circuits.faithfulness import curve, error_share
+from dictlearn.dictionaries import Dictionary
+from dictlearn.lm import LM
+
+FILE = "circuits.csv"
+
+
+class CircuitsInTraining(Callback):
+    """Before training, every `every_n_steps` steps and at the end a row of `folder/circuits.csv` for each task and
+    set of dictionaries: `step`, `n_tokens`, `task`, `dictionaries`, `cpr`, `n_at_0.8` and what else `Curve.summary`
+    has, errors being scored as nodes. A resumed run writes the rows from its first step on again.
+
+    Training is not changed by it: random numbers come from generators of its own.
+
+    Args:
+        others: see `Circuits`.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str | Mapping[str, Any]],
+        folder: str | Path,
+        every_n_steps: int = 500,
+        n_pairs: int = 32,
+        method: str | Mapping[str, Any] = "relp",
+        positions: str = "each",
+        ablation: str = "mean_positional",
+    ) -> None:
+        check_count("every_n_steps", every_n_steps)
+        self.settings = Circuits(tasks, n_pairs, method, positions, ablation, baselines=False)
+        self.path, self.every_n_steps = Path(folder) / FILE, every_n_steps
+        self._rows: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.path.exists():
+            before = pd.read_csv(self.path)
+            self._rows = before[before.step < trainer.global_step].to_dict("records")
+        self._measure(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step < pl_module.n_steps:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step == pl_module.n_steps:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: L.Trainer, pl_module: Any) -> None:
+        dictionaries = {m.learner.name: m.learner.dictionary.for_inference() for m in pl_module.members}
+        at = {"step": trainer.global_step, "n_tokens": trainer.global_step * pl_module.tokens_per_batch}
+        with torch.autocast(pl_module.device.type, enabled=False):
+            for together in sets_of(dictionaries):
+                for task, numbers in self._numbers(pl_module.lm, together):
+                    self._rows.append({**at, "task": task, "dictionaries": " ".join(together), **numbers})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(self._rows).to_csv(self.path, index=False)
+
+    def _numbers(self, lm: LM, dictionaries: Mapping[str, Dictionary]) -> list[tuple[str, dict[str, Any]]]:
+        found = []
+        own, cuts = self.settings, cuts_of(lm.model, dictionaries)
+        for name, task in own.tasks.items():
+            find, test = (own.pairs(task, lm, dictionaries, seed) for seed in (FIND, TEST))
+            scores = own.method.scores(lm.model, cuts, find, own.positions)
+            ablation = Ablation(lm.model, cuts, test, own.ablation, own.n_rows)
+            numbers = curve(lm.model, cuts, ablation, scores, order=own.order).summary()
+            found.append((name, {"error_share": error_share(scores), **numbers}))
+        return found
