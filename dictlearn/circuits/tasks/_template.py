@@ -61,12 +61,12 @@ class Carried:
         self.slots = slots_of(template)
         self._special = set(tokenizer.all_special_ids)  # the unknown token among them
         self._fixed: list[list[int]] = []  # tokens between the slots
-        self._ids: dict[str, dict[str, int]] = {}  # by role and word
+        self._ids: dict[tuple[str, str], dict[str, int]] = {}  # of words, by pool and blank
         stems = [""]
         for slot in self.slots:
             stems = self._place(slot, stems if slot.before + slot.blank == "" else stems[:1])
         self.words = {
-            pool: [w for w in words if all(w in self._ids[s.role] for s in self.slots if s.pool == pool)]
+            pool: [w for w in words if all(w in ids for (name, _), ids in self._ids.items() if name == pool)]
             for pool, words in pools.items()
         }
         self.positions: dict[str, int] = {}
@@ -76,16 +76,27 @@ class Carried:
             end += len(fixed) + 1
 
     def _place(self, slot: Slot, stems: list[str]) -> list[str]:
-        """Find the words of one slot after the texts `stems`; returns the texts that the next slot may follow.
+        """Find the tokens of one slot after the texts `stems`; returns the texts that the next slot may follow.
 
-        What follows a blank does not depend on the word before it, so one text is enough there; a slot glued to
-        the one before (the halves of a year) is tried after all of that one's words.
+        What follows a blank does not depend on the words before it, so one text is enough there, and what fits the
+        first slot of a pool fits the others; `check` sees to it that this is true. A slot glued to the one before
+        (the halves of a year) is tried after all of that one's words.
         """
         starts, heads = self.encode(stems), [stem + slot.before for stem in stems]
         begun = self.encode(heads)
         fixed = begun[0][len(starts[0]) :]
         if begun[0][: len(starts[0])] != starts[0] or self._special & set(fixed):
-            raise NotCarried(f"{slot.before!r} has a word that is unknown, or one with the word before it")
+            raise NotCarried(
+                f"{slot.before!r} has unknown words, or is no token of its own: {self._tokens(begun[0])}"
+            )
+        self._fixed.append(fixed)
+        key = (slot.pool, slot.blank)
+        if key not in self._ids:
+            self._ids[key] = self._fitting(slot, heads, begun)
+        return [heads[0] + slot.blank + word for word in self._ids[key]]
+
+    def _fitting(self, slot: Slot, heads: list[str], begun: list[list[int]]) -> dict[str, int]:
+        """The words of a slot that are one more token after one of the texts `heads`, whose tokens are `begun`."""
         words = self.pools[slot.pool]
         fits: dict[str, int] = {}
         for head, tokens in zip(heads, begun, strict=True):
@@ -93,15 +104,15 @@ class Carried:
                 if found[:-1] == tokens and found[-1] not in self._special:
                     fits[word] = found[-1]
         if not fits:
-            raise NotCarried(f"no {slot.pool} of {len(words)} is one token {self._example(slot, heads[0])}")
-        self._fixed.append(fixed)
-        self._ids[slot.role] = fits
-        return [heads[0] + slot.blank + word for word in fits]
+            text = heads[0] + slot.blank + words[0]
+            tokens = self._tokens(self.encode([text])[0][-8:])
+            raise NotCarried(
+                f"none of {len(words)} words of {slot.pool!r} is one token: {text!r} ends with {tokens}"
+            )
+        return fits
 
-    def _example(self, slot: Slot, head: str) -> str:
-        text = head + slot.blank + self.pools[slot.pool][0]
-        tokens = self.tokenizer.convert_ids_to_tokens(self.encode([text])[0][-6:])
-        return f"({text[-24:]!r} ends with the tokens {' '.join(map(repr, tokens))})"
+    def _tokens(self, ids: list[int]) -> str:
+        return " ".join(map(repr, self.tokenizer.convert_ids_to_tokens(ids)))
 
     def need(self, pool: str, n: int) -> list[str]:
         """The carried words of a pool. Raises NotCarried when they are fewer than `n`."""
@@ -117,7 +128,7 @@ class Carried:
         head = self.text(words, role)
         start, pool = self.encode([head])[0], self.words[slot.pool]
         found = self.encode([head + slot.blank + word for word in pool])
-        return [w for w, ids in zip(pool, found, strict=True) if ids == [*start, self._ids[role][w]]]
+        return [w for w, ids in zip(pool, found, strict=True) if ids == [*start, self._id(slot, w)]]
 
     def fill(self, rng: random.Random, values: Values) -> dict[str, str]:
         """`values` and random words for all roles that are left."""
@@ -134,14 +145,17 @@ class Carried:
             parts.append(slot.blank + values[slot.role])
         return "".join(parts)
 
+    def _id(self, slot: Slot, word: str) -> int:
+        return self._ids[slot.pool, slot.blank][word]
+
     def answer_ids(self, words: Sequence[str]) -> list[int]:
-        return [self._ids[ANSWER][word] for word in words]
+        return [self._id(self.slots[-1], word) for word in words]
 
     def prompt_ids(self, values: Values) -> list[int]:
         """The tokens of the prompt, put together from those of its parts."""
         ids: list[int] = []
         for slot, fixed in zip(self.slots, self._fixed, strict=True):
-            ids += fixed if slot.role == ANSWER else [*fixed, self._ids[slot.role][values[slot.role]]]
+            ids += fixed if slot.role == ANSWER else [*fixed, self._id(slot, values[slot.role])]
         return ids
 
     def check(self, prompts: Sequence[Values], nexts: Sequence[Sequence[str]]) -> None:
@@ -155,8 +169,8 @@ class Carried:
                 expected[text + blank + word] = [*ids, id_]
         for (text, ids), found in zip(expected.items(), self.encode(list(expected)), strict=True):
             if ids != found:
-                tokens = " ".join(map(repr, self.tokenizer.convert_ids_to_tokens(found)))
-                raise NotCarried(f"the tokenizer splits {text!r} in another way than its parts: {tokens}")
+                tokens = self._tokens(found)
+                raise NotCarried(f"The tokenizer splits {text!r} in another way than its parts: {tokens}")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids without special tokens."""
