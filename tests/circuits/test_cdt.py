@@ -85,9 +85,13 @@ def test_in_a_linear_model_it_is_what_ablation_changes(model: GetModel, kinds: l
     torch.testing.assert_close(found, plain - ablated, rtol=1e-10, atol=1e-12)
 
 
-def test_activation(model: GetModel) -> None:
-    before, after = rows_at(model("gpt2"), "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj:in")
-    act = parts_of(model("gpt2")).activations[1]
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_activation(model: GetModel, sigmoid: bool) -> None:
+    """Also of one that is not 0 at 0: that is no part of beta."""
+    own = model("gpt2")
+    own = with_modules(own, type(parts_of(own).activations[0]), nn.Sigmoid) if sigmoid else own
+    before, after = rows_at(own, "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj:in")
+    act = parts_of(own).activations[1]
     x, gamma = before.chunk(2)
     expected = (act(x) - act(gamma)) / 2 + (act(x - gamma) - act(torch.zeros(()))) / 2
     torch.testing.assert_close(after[:3] - after[3:], expected)

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dictlearn.circuits.cdt import decomposed
 from dictlearn.circuits.parts import parts_of
@@ -261,6 +261,46 @@ def test_contexts_nest(model: GetModel) -> None:
         own(IDS)
     assert state(own) == before
     torch.testing.assert_close((acts[0] * required(grads[0])).sum((1, 2)), metric, rtol=1e-10, atol=0)
+
+
+def test_an_outer_attention_comes_back(model: GetModel) -> None:
+    own, rows = model("gpt2"), IDS.repeat(2, 1)
+    change = torch.cat([torch.zeros(3, 7, 16), torch.ones(3, 7, 16)]).double().cumsum(-1)
+    with torch.no_grad(), edit(own, {resolve(own, "resid_pre.0"): lambda act: act + change}), decomposed(own):
+        before = own(rows).logits
+        with frozen(own):
+            assert not torch.equal(own(rows).logits, before)
+        assert torch.equal(own(rows).logits, before)
+
+
+def test_several_groups_of_queries() -> None:
+    config = LlamaConfig(
+        vocab_size=97,
+        num_hidden_layers=2,
+        hidden_size=16,
+        intermediate_size=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+    )
+    own = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        plain = own(IDS).logits
+        with frozen(own):
+            torch.testing.assert_close(own(IDS).logits, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_who_reads_a_product_sees_its_whole_coefficient(model: GetModel) -> None:
+    """Also where its hooks are older than the rules."""
+    own = model("llama")
+    site = resolve(own, "mlp_hidden.1")
+    inside = required(coefficients(own, [site], relevance(own))[2][0])
+    with capture(own, [site]) as acts:
+        leaf = {resolve(own, "embed"): lambda act: act.detach().requires_grad_()}
+        with edit(own, leaf), relevance(own):
+            metric = own(IDS).logits[:, -1] @ DIRECTION
+            (found,) = torch.autograd.grad(metric.sum(), acts[site.name])
+    torch.testing.assert_close(found, inside)
 
 
 class Scale(nn.Module):
