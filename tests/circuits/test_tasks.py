@@ -37,7 +37,7 @@ NAMES = ["-".join([kind, *arguments.values()]) for kind, arguments in CASES]
 EVERY_TASK = [lookup(PACKAGE, kind)(**arguments) for kind, arguments in CASES]
 WORDS = words_of(EVERY_TASK)
 YEARS = [f" {century}" for century in range(11, 20)]
-N = 16
+N = {"embedded": 64, "gpt2": 16, "llama": 16}
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,11 @@ def batches(tokenizers: dict[str, PreTrainedTokenizerBase]) -> Callable[[str, in
     def get(name: str, at: int) -> list[PairBatch]:
         if (name, at) not in found:
             kind, arguments = CASES[at]
-            made = [
-                lookup(PACKAGE, kind)(**arguments, template=template)
-                for template in range(len(EVERY_TASK[at].carried(tokenizers[name])))
-            ]
-            found[name, at] = [task.pairs(tokenizers[name], N, seed=0, bos=True) for task in made]
+            n_templates = len(EVERY_TASK[at].carried(tokenizers[name]))
+            if "abc" in NAMES[at]:
+                n_templates = min(n_templates, 2)  # those of IOI with the other counterfactual
+            made = [lookup(PACKAGE, kind)(**arguments, template=template) for template in range(n_templates)]
+            found[name, at] = [task.pairs(tokenizers[name], N[name], seed=0, bos=True) for task in made]
         return found[name, at]
 
     return get
@@ -172,7 +172,7 @@ def test_rows_differ_where_they_should(
         varies = batch.clean.ne(batch.clean[0]).any(0)
         assert set(varies.nonzero().flatten().tolist()) <= set(batch.roles.values())
         assert batch.roles["end"] == batch.ctx - 1
-        assert batch.clean[:, 0].tolist() == [tokenizer.bos_token_id] * N
+        assert batch.clean[:, 0].tolist() == [tokenizer.bos_token_id] * len(batch)
 
 
 def test_roles_are_where_they_say(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
@@ -245,11 +245,10 @@ def test_nothing_tells_the_answer_but_the_task(lm: LM) -> None:
 
 
 @pytest.mark.parametrize("at", range(len(CASES)), ids=NAMES)
-def test_the_embedded_lm_does_it(at: int, lm: LM) -> None:
+def test_the_embedded_lm_does_it(at: int, lm: LM, batches: Callable[[str, int], list[PairBatch]]) -> None:
     """Over 0.9 of all clean prompts of every template are right, and the patch prompts take the metric away."""
     kind, arguments = CASES[at]
-    for template in range(len(EVERY_TASK[at].carried(lm.tokenizer))):
-        batch = lookup(PACKAGE, kind)(**arguments, template=template).pairs(lm.tokenizer, 64, seed=0, bos=True)
+    for batch in batches("embedded", at):
         with torch.no_grad():
             clean, patch = (batch.value(lm.model(ids).logits[:, -1]) for ids in (batch.clean, batch.patch))
         assert clean.gt(0).float().mean() > 0.9

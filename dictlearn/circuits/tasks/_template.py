@@ -126,9 +126,9 @@ class Carried:
         """Those words of a slot which are one token after the prompt up to it, filled with `words`."""
         slot = next(slot for slot in self.slots if slot.role == role)
         head = self.text(words, role)
-        start, pool = self.encode([head])[0], self.words[slot.pool]
+        start, pool, ids = self.encode([head])[0], self.words[slot.pool], self._ids_of(slot)
         found = self.encode([head + slot.blank + word for word in pool])
-        return [w for w, ids in zip(pool, found, strict=True) if ids == [*start, self._id(slot, w)]]
+        return [word for word, tokens in zip(pool, found, strict=True) if tokens == [*start, ids[word]]]
 
     def fill(self, rng: random.Random, values: Values) -> dict[str, str]:
         """`values` and random words for all roles that are left."""
@@ -145,18 +145,19 @@ class Carried:
             parts.append(slot.blank + values[slot.role])
         return "".join(parts)
 
-    def _id(self, slot: Slot, word: str) -> int:
-        return self._ids[slot.pool, slot.blank][word]
-
     def answer_ids(self, words: Sequence[str]) -> list[int]:
-        return [self._id(self.slots[-1], word) for word in words]
+        ids = self._ids_of(self.slots[-1])
+        return [ids[word] for word in words]
 
     def prompt_ids(self, values: Values) -> list[int]:
         """The tokens of the prompt, put together from those of its parts."""
-        ids: list[int] = []
-        for slot, fixed in zip(self.slots, self._fixed, strict=True):
-            ids += fixed if slot.role == ANSWER else [*fixed, self._id(slot, values[slot.role])]
-        return ids
+        found: list[int] = []
+        for slot, fixed in zip(self.slots[:-1], self._fixed, strict=False):
+            found += [*fixed, self._ids_of(slot)[values[slot.role]]]
+        return found + self._fixed[-1]
+
+    def _ids_of(self, slot: Slot) -> dict[str, int]:
+        return self._ids[slot.pool, slot.blank]
 
     def check(self, prompts: Sequence[Values], nexts: Sequence[Sequence[str]]) -> None:
         """Raise NotCarried unless every prompt, alone and with each of its next words, is split into its parts."""
