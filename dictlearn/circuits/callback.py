@@ -51,10 +51,10 @@ class CircuitsInTraining(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.path.exists():
             before = pd.read_csv(self.path)
-            self._rows = before[before.step < trainer.global_step].to_dict("records")
+            self._rows = before[before.step < trainer.global_step].to_dict(orient="records")
         self._measure(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0 and trainer.global_step < pl_module.n_steps:
             self._measure(trainer, pl_module)
 

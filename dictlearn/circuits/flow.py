@@ -15,15 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dictlearn.circuits.parts import (
     inverse_scale,
     is_norm,
     is_parallel,
-    modules_at,
     n_layers,
     normed,
+    output_weight,
     parts_of,
     widened,
 )
@@ -139,15 +138,10 @@ def _layers(model: PreTrainedModel, ids: TokenIds) -> list[_Layer]:
     for layer, own in enumerate(sites):
         pre, attn_out, mlp_out, post = (widened(acts[site.name]) for site in own)
         pattern, value = (widened(x) for x in recorded[attentions[layer]])
-        weight = _output_weight(modules_at(model, "attn_z", layer)).unflatten(0, (value.shape[1], -1))
+        weight = output_weight(model, layer).unflatten(0, (value.shape[1], -1))
         scale = torch.ones_like(pre)
         if (raw := acts.get(before_norms[layer].name)) is not None:
             norm = model.get_submodule(own[1].module)
             scale = normed(norm, scale, inverse_scale(norm, raw))
         layers.append(_Layer(pre, attn_out, mlp_out, post, pattern, value, widened(weight), scale))
     return layers
-
-
-def _output_weight(projection: nn.Module) -> Float[Tensor, "heads d"]:
-    weight = projection.get_parameter("weight")
-    return weight if isinstance(projection, Conv1D) else weight.T

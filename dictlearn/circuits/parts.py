@@ -83,6 +83,13 @@ def modules_at(model: PreTrainedModel, kind: str, layer: int) -> nn.Module:
     return model.get_submodule(resolve(model, f"{kind}.{layer}").module)
 
 
+def output_weight(model: PreTrainedModel, layer: int) -> Float[Tensor, "heads d"]:
+    """What the heads of a layer, side by side, write to the residual stream: rows for each entry of attn_z."""
+    projection = modules_at(model, "attn_z", layer)
+    weight = projection.get_parameter("weight")
+    return weight if isinstance(projection, Conv1D) else weight.T
+
+
 def is_parallel(model: PreTrainedModel) -> bool:
     """Whether attention and MLP both read the stream before the layer."""
     config = model.config.get_text_config()

@@ -276,7 +276,8 @@ def test_contextual_decomposition_by_hand(model: GetModel) -> None:
 def test_contextual_decomposition_in_a_linear_model_is_exact(tmp_path: Path) -> None:
     own, batch = tiny_model(tmp_path, "gpt2"), some_pairs()
     d = {"d": some_dictionaries(own)["attention"]}
-    for layer in own.transformer.h:
+    layers: Any = own.get_submodule("transformer.h")
+    for layer in layers:
         layer.attn.c_attn.weight.data[:, : 2 * layer.attn.embed_dim] = 0
         layer.mlp.c_proj.weight.data.zero_()
     exact, found = (node_scores(own, d, batch, method=method)["d"] for method in ("exact", "cdt"))
