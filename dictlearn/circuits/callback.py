@@ -50,8 +50,8 @@ class CircuitsInTraining(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.path.exists():
-            before = pd.read_csv(self.path)
-            self._rows = before[before.step < trainer.global_step].to_dict(orient="records")
+            before = pd.read_csv(self.path).to_dict(orient="records")
+            self._rows = [dict(row) for row in before if row["step"] < trainer.global_step]
         self._measure(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
