@@ -88,6 +88,7 @@ class Task(ABC):
             _padded([carried.answer_ids(pair.wrong) for pair in drawn]),
             self.metric,
             roles | {"end": len(start) + carried.positions[ANSWER] - 1},
+            n_special=len(start),
         )
 
     def carried(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
