@@ -288,7 +288,7 @@ def test_years_that_are_split_otherwise_are_refused(
 
 
 def test_whole_years_are_left_out() -> None:
-    """As in GPT-2, where most years from 1800 on are one token, and a few before."""
+    """As in GPT-2, some years are one token: a century with many of them is not asked about."""
     whole = [f" 18|{half}" for half in PAIRS[30:]] + [" 17|76", " 16|00"]
     tokenizer = gpt2_like([*WORDS, *whole, *YEARS, *PAIRS])
     batch = GreaterThan().pairs(tokenizer, 60, seed=0, bos=False)

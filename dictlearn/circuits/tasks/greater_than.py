@@ -13,7 +13,9 @@ from dictlearn.embedded.lexicon import CENTURIES, EVENTS, YEAR_HALVES
 
 MORE = listed("campaign conflict expedition investigation operation program mission battle protest study")
 EARLY = "01"  # the year in the patch prompts: nearly all halves are later
-MOST = 90  # halves of a century that must be tokens after it; in GPT-2, most years from 1800 on are one token
+# Halves of a century that must be tokens after it. GPT-2 has them from 12 to 17; of the years 1800 to 1899 a
+# fifth are one token each, and all from 1900 on.
+MOST = 90
 
 
 class GreaterThan(Task):
