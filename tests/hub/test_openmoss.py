@@ -67,7 +67,7 @@ def tensors(cfg: dict[str, Any], old: bool) -> tuple[dict[str, Tensor], dict[str
         file[f"{'' if old else 'activation_function.'}log_jumprelu_threshold"] = log_threshold
     for hook in {cfg["hook_point_in"], cfg["hook_point_out"]}:
         unset = cfg["norm_activation"] == "inference"
-        file[f"{AVERAGE}.{hook}"] = torch.tensor(torch.nan if unset else AVERAGES[hook])
+        file[f"{AVERAGE}.{hook}"] = torch.tensor(torch.nan if unset else AVERAGES.get(hook, 1.0))
     return file, double
 
 
@@ -81,10 +81,10 @@ def write(folder: Path, old: bool = False, **settings: Any) -> tuple[dict[str, A
     return cfg, double
 
 
-def rule(cfg: dict[str, Any], w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise, encode, decode, undo the normalisation; token by token."""
-    folded = cfg["norm_activation"] == "inference"
-    scales = [1.0 if folded else D**0.5 / AVERAGES[cfg[f"hook_point_{end}"]] for end in ("in", "out")]
+def rule(cfg: dict[str, Any], w: dict[str, Tensor], x: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Normalise (by the averages, or the scale), encode, decode, undo the normalisation; token by token."""
+    scale = 1.0 if cfg["norm_activation"] == "inference" else scale
+    scales = [scale or D**0.5 / AVERAGES[cfg[f"hook_point_{end}"]] for end in ("in", "out")]
     lengths = w["W_D"].square().sum(1).sqrt()
     rows, recons = [], []
     for token in x.double():
@@ -101,6 +101,51 @@ def rule(cfg: dict[str, Any], w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, 
         rows.append(latents)
         recons.append((w["W_D"].T @ latents + w.get("b_D", torch.zeros(D))) / scales[1])
     return torch.stack(rows), torch.stack(recons)
+
+
+R1 = {  # place in the release, sqrt(d) / average norm there
+    "800M-Slimpajama-0-OpenR1-Math-220k/L7R": 10.346,
+    "400M-Slimpajama-400M-OpenR1-Math-220k/L15R": 5.318,
+    "0-Slimpajama-800M-OpenR1-Math-220k/L15R": 4.971,
+}
+
+
+def without_averages(folder: Path, hook: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    cfg, w = write(folder, True, hook_point_in=hook, hook_point_out=hook)
+    file, _ = tensors(cfg, True)
+    save_file({k: t for k, t in file.items() if AVERAGE not in k}, folder / "sae_weights.safetensors")
+    return cfg, w
+
+
+@pytest.mark.parametrize("place", R1)
+@pytest.mark.parametrize(
+    "repository", ["Llama-Scope-R1-Distill", "models--fnlp--Llama-Scope-R1-Distill/snapshots/0"]
+)
+def test_releases_of_which_the_averages_are_known(tmp_path: Path, place: str, repository: str) -> None:
+    folder, layer = tmp_path / repository / place, place.rpartition("/L")[2].removesuffix("R")
+    cfg, w = without_averages(folder, f"blocks.{layer}.hook_resid_post")
+    x = torch.randn(50, D)
+    latents, recon = rule(cfg, w, x, R1[place])
+    loaded = load(folder)
+    torch.testing.assert_close(loaded.encode(x).double(), latents, atol=1e-3, rtol=1e-3)  # of 4 digits
+    torch.testing.assert_close(loaded(x).recon.double(), recon, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("place", "layer"),
+    [
+        ("L7R", 7),
+        ("800M-Slimpajama-0-OpenR1-Math-220k/L7R", 6),
+        ("800M-Slimpajama-0-OpenR1-Math-220k/L32R", 32),
+        ("100M-Slimpajama-0-OpenR1-Math-220k/L7R", 7),
+    ],
+)
+def test_other_files_without_averages_are_refused(tmp_path: Path, place: str, layer: int) -> None:
+    folder = tmp_path / "Llama-Scope-R1-Distill" / place
+    without_averages(folder, hook := f"blocks.{layer}.hook_resid_post")
+    reason = "is not supported because activations are scaled by their average norm"
+    with pytest.raises(FormatError, match=rf"safetensors: missing .*{AVERAGE}\.{hook}.*{reason}"):
+        dictlearn.load(folder)
 
 
 def load(folder: Path) -> Dictionary:

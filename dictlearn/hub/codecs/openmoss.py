@@ -1,7 +1,7 @@
 """OpenMOSS (Language-Model-SAEs): `config.json` beside `sae_weights.safetensors`; Llama Scope R1 and 2.
 
 With x_s = x * sqrt(d) / n_in, where n_in is the average norm of the data at the read site (x_s = x where
-`norm_activation` is "inference"):
+`norm_activation` is "inference"; of Llama Scope R1 the norms are known here, where its files lack them):
 
     pre = x_s @ W_E + b_E;  latents = pre where its activation, of pre * ||W_D_i||, is not zero
     recon = (latents @ W_D + b_D) * n_out / sqrt(d)
@@ -28,6 +28,7 @@ from dictlearn.checks import check_choice, check_count, check_flag
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.hub.canonical import Weights, check_finite, linear
+from dictlearn.hub.codecs._llama_scope_r1 import scale_of
 from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.names import from_hook_name
@@ -67,7 +68,8 @@ class OpenMOSS:
 
     def read(self, files: Files, place: str) -> Dictionary:
         config, path = (files.path(posixpath.join(place, name)) for name in (CONFIG, WEIGHTS))
-        cfg, lm = read_json(config), _lm_name(files.origin(place))
+        cfg, where = read_json(config), files.origin(place)
+        lm = _lm_name(where)
         stored = load_tensors(path)
         try:
             _check(cfg)
@@ -78,7 +80,7 @@ class OpenMOSS:
             raise
         except DictlearnError as error:
             raise FormatError(f"{config}: {error}") from None
-        scales, metadata = _scales(path, cfg, stored), {"lm_name": lm, "prepend_bos": True}
+        scales, metadata = _scales(path, cfg, stored, where), {"lm_name": lm, "prepend_bos": True}
         made = linear(path, weights, sparsifier, read, write, input_norm=norm, metadata=metadata)
         _fold(made, cfg, threshold, *scales)
         check_finite(path, made)
@@ -185,12 +187,20 @@ def _sparsifier(cfg: Mapping[str, Any], n_latents: int) -> Sparsifier | None:
     return None
 
 
-def _scales(path: Path, cfg: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[float, float]:
+def _scales(path: Path, cfg: Mapping[str, Any], stored: Mapping[str, Tensor], where: str) -> tuple[float, float]:
     """sqrt(d) / average norm, of the read and of the write site."""
     if cfg.get("norm_activation", "dataset-wise") == "inference":
         return 1.0, 1.0
     keys = [f"{NORM}{cfg[end]}" for end in ENDS]
     norms = {key: stored[key] for key in keys if key in stored}
+    if not norms:
+        known = scale_of(where, cfg["hook_point_in"]) if len(set(keys)) == 1 else None
+        if known is None:
+            raise FormatError(
+                f"{path}: missing {keys}: without them it is not supported because activations are scaled by their "
+                f"average norm, and {where!r} is no place of Llama Scope R1, of which it is known here."
+            )
+        return known, known
     check_tensors(path, norms, {key: (1,) if key in norms and norms[key].ndim == 1 else () for key in keys})
     for key, norm in norms.items():
         if norm.item() <= 0:
