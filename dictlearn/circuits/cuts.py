@@ -19,7 +19,7 @@ from dictlearn.checks import check_choice
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries._input_norm import normed, undone
 from dictlearn.lm import resolve
-from dictlearn.lm.taps import capture, edit
+from dictlearn.lm.taps import capture
 from dictlearn.types import DictlearnError, Latents, Site, SparseLatents, TokenIds
 
 Acts = Mapping[str, Tensor]  # [n, ctx, d] by site name
@@ -146,8 +146,3 @@ def embeddings(model: PreTrainedModel) -> Site:
     module = model.get_input_embeddings()
     path = next(path for path, own in model.named_modules() if own is module)
     return Site(path, path, "out")
-
-
-def with_gradient(model: PreTrainedModel):  # noqa: ANN201
-    """A context in which forwards have a graph from the token embeddings on, though all weights are frozen."""
-    return edit(model, {embeddings(model): lambda act: act.detach().requires_grad_()})

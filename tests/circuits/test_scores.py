@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dictlearn.circuits.baselines import neurons
 from dictlearn.circuits.cdt import relevant_logits
 from dictlearn.circuits.cuts import cuts_of
 from dictlearn.circuits.flow import information_flow
@@ -72,6 +73,22 @@ def test_scores_of_a_site_add_up(model: GetModel, family: str, positions: str, p
         total = found[name].latents.sum(-1) + found[name].errors.sum(0)
         assert expected.abs().max() > 1e-4
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("site", ["mlp_in.1", "mlp_hidden.1", "mlp_out.1", "resid_mid.1", "resid_pre.1"])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt_neox"])
+def test_every_site_has_its_gradient(model: GetModel, family: str, site: str) -> None:
+    """Where a module works on flattened tokens, or the stream goes on past it, as well."""
+    own, batch = model(family), some_pairs()
+    if family == "gpt_neox" and site.startswith("resid_mid"):
+        pytest.skip("a parallel layer has no resid_mid")
+    width = activations(own, batch, site)[0].shape[-1]
+    d = neurons(site, torch.zeros(2, width, dtype=torch.float64))
+    clean, patch = activations(own, batch, site)
+    expected = plain_gradient(own, batch, site, clean) * (patch - clean)
+    found = node_scores(own, {"d": d}, batch)["d"]
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found.latents, expected.mean(0), rtol=1e-5, atol=1e-9)
 
 
 def test_scores_of_latents_by_hand(model: GetModel) -> None:
@@ -301,7 +318,7 @@ def test_information_flow_of_nodes_by_hand(model: GetModel) -> None:
             parts = [code[row, t, i] * d.W_dec[i] for i in range(d.n_latents)]
             parts.append(target - sum(parts))
             near = torch.stack([(target.abs().sum() - (target - z).abs().sum()).clamp_min(0) for z in parts])
-            near = near / near.sum() * share[row, t]
+            near = near / max(float(near.sum()), 1e-300) * share[row, t]
             latents[t] += near[:-1] / len(batch)
             errors[t] += near[-1] / len(batch)
     torch.testing.assert_close(found.latents, latents)

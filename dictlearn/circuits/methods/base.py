@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dictlearn.circuits.cuts import Acts, Cut, labels, n_positions, record, with_gradient
+from dictlearn.circuits.cuts import Acts, Cut, labels, n_positions, record, sites_of
 from dictlearn.circuits.nodes import NodeValues
 from dictlearn.circuits.pairs import PairBatch
-from dictlearn.lm.taps import capture
-from dictlearn.types import SparseLatents, TokenIds
+from dictlearn.lm.taps import capture, edit
+from dictlearn.types import Site, SparseLatents, TokenIds
 
 Gradients = Mapping[str, Float[Tensor, "n ctx n_writes d_out"]]  # of the metric at the write sites, by dictionary
 
@@ -38,17 +38,32 @@ def gradients(
     """Activations at all sites on `ids`, and the gradient of the metric `[n, ctx, n_writes, d_out]` by dictionary;
     one forward and one backward.
     """
-    sites = {name: site for cut in cuts for name, site in cut.sites.items()}
-    with torch.enable_grad(), with_gradient(model), capture(model, list(sites.values())) as acts:
+    acts: dict[str, Tensor] = {}
+    probes: dict[
+        str, Tensor
+    ] = {}  # zeros that are added: their gradient is the site's, whatever else it is part of
+
+    def probed(site: Site) -> Callable[[Tensor], Tensor]:
+        def add(act: Tensor) -> Tensor:
+            acts[site.name] = act.detach()
+            probes[site.name] = torch.zeros_like(act, requires_grad=True)
+            return act + probes[site.name]
+
+        return add
+
+    written = {site.name for cut in cuts for site in cut.writes}
+    sites = sites_of(cuts)
+    edits = {site: probed(site) for name, site in sites.items() if name in written}
+    others = [site for name, site in sites.items() if name not in written]
+    with torch.enable_grad(), edit(model, edits), capture(model, others) as read:
         value = batch.value(model(input_ids=ids, use_cache=False).logits[:, -1]).sum()
-        written = list(dict.fromkeys(site.name for cut in cuts for site in cut.writes))
-        found = torch.autograd.grad(value, [acts[name] for name in written], allow_unused=True)
+        found = torch.autograd.grad(value, list(probes.values()), allow_unused=True)
+    acts |= {name: act.detach() for name, act in read.items()}
     grads = {
-        name: torch.zeros_like(acts[name]) if grad is None else grad
-        for name, grad in zip(written, found, strict=True)
+        name: torch.zeros_like(probe) if grad is None else grad
+        for (name, probe), grad in zip(probes.items(), found, strict=True)
     }
-    stacked = {cut.name: torch.stack([grads[site.name] for site in cut.writes], dim=-2) for cut in cuts}
-    return {name: act.detach() for name, act in acts.items()}, stacked
+    return acts, {cut.name: torch.stack([grads[site.name] for site in cut.writes], dim=-2) for cut in cuts}
 
 
 def scores_of(
