@@ -170,19 +170,30 @@ def _in_repository(repo: str, commit: str, names: tuple[str, ...], where: str) -
 
 
 def _check_hash(path: Path, name: str, where: str) -> None:
-    """A large file is kept under its announced sha256; one with another is deleted, and DictlearnError raised."""
+    """A file is kept under the hash that was announced: of a large one sha256, of others that of git. One with
+    another is deleted, and DictlearnError raised.
+
+    The client has put it into the cache before: where the process is killed in between, it stays unchecked.
+    """
     announced = path.resolve().name
-    if not re.fullmatch(r"[0-9a-f]{64}", announced):
+    kind = {64: "sha256", 40: "git's sha1"}.get(len(announced))
+    if kind is None or not re.fullmatch(r"[0-9a-f]+", announced):
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _digest(path, of_git=kind != "sha256")
     if found != announced:
         path.resolve().unlink()
         path.unlink()
         raise DictlearnError(
-            f"{name} of {where} came with other content than announced (sha256 {found}, announced {announced}), "
+            f"{name} of {where} came with other content than announced ({kind} {found}, announced {announced}), "
             "and was deleted: try again; if it happens again, its repository is damaged."
         )
+
+
+def _digest(path: Path, *, of_git: bool) -> str:
+    """sha256 of the content, or the sha1 that git gives it: with its size before it."""
+    hashed = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if of_git else hashlib.sha256()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashed).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 ServerT = TypeVar("ServerT", bound="Hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LFS = (".safetensors", ".npz", ".pt", ".bin")
 
 
 class Damaged(bytes):
@@ -63,6 +64,13 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
+def oid(path: str, content: bytes) -> str:
+    """What a file is announced under: of LFS files the sha256, of others git's sha1."""
+    if path.endswith(LFS):
+        return content.announced if isinstance(content, Damaged) else hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -105,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         files = repository.at(revision).items()
         answer = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            {"type": "file", "path": path, "size": len(content), "oid": oid(path, content)}
             for path, content in files
         ]
         return self.send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), body)
@@ -118,9 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         content = repository.at(revision).get(file)
         if content is None:
             return self.refuse(404, "EntryNotFound", known)
-        announced = hashlib.sha256(b"another" if file == repository.lies else content).hexdigest()
-        if isinstance(content, Damaged):
-            announced = content.announced
+        announced = oid(file, b"another" if file == repository.lies else content)
         known |= {"ETag": f'"{announced}"', "Accept-Ranges": "bytes"}
         status, start = 200, 0
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ REPOSITORIES = {
     "someone/dropped": Repository({"a.bin": CONTENT}, drops="a.bin"),
     "someone/outside": Repository({"../../../secret/params.npz": CONTENT}),
     "someone/lying": Repository({"a.bin": CONTENT, "b.bin": CONTENT}, lies="a.bin"),
+    "someone/false": Repository({"a.json": b"{}", "b.json": b"{}"}, lies="a.json"),
 }
 
 
@@ -104,16 +105,33 @@ def test_a_file_that_ends_half_way_is_no_file(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "cache").rglob("snapshots/*/*")]
 
 
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
+HASHES: dict[str, tuple[str, bytes, Callable[[bytes], str]]] = {
+    "sha256": ("bin", CONTENT, lambda content: hashlib.sha256(content).hexdigest()),
+    "git's sha1": ("json", b"{}", git_sha1),
+}
+
+
+def test_a_small_file_has_the_hash_that_git_gives_it() -> None:
+    assert git_sha1(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # of every empty file
+
+
 @pytest.mark.usefixtures("server")
-def test_a_file_of_another_hash_is_no_file(tmp_path: Path) -> None:
-    found = hub_files(HubRef("someone/lying"))
-    announced, is_one = hashlib.sha256(b"another").hexdigest(), hashlib.sha256(CONTENT).hexdigest()
-    message = rf"a\.bin of someone/lying came with other content .*sha256 {is_one}, announced {announced}"
+@pytest.mark.parametrize("kind", HASHES)
+def test_a_file_of_another_hash_is_no_file(tmp_path: Path, kind: str) -> None:
+    suffix, content, hash_of = HASHES[kind]
+    repo = {"bin": "someone/lying", "json": "someone/false"}[suffix]
+    found = hub_files(HubRef(repo))
+    announced, is_one = hash_of(b"another"), hash_of(content)
+    message = rf"a\.{suffix} of {repo} came with other content .*{kind} {is_one}, announced {announced}"
     with pytest.raises(DictlearnError, match=message):
-        found.path("a.bin")
+        found.path(f"a.{suffix}")
     kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size]
     assert not [path for path in kept if "snapshots" in path.parts or "blobs" in path.parts]
-    assert found.path("b.bin").read_bytes() == CONTENT
+    assert found.path(f"b.{suffix}").read_bytes() == content
 
 
 def test_a_file_in_the_cache_is_not_asked_for_again(server: Hub) -> None:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from tests.hub.server import Damaged, Handler, Hub, Repository
+from tests.hub.server import LFS, Damaged, Handler, Hub, Repository, oid
 
 TOKEN = "hf_may_write"
 FIRST_COMMIT = "c" * 40
-LFS = ".safetensors"
 Answer = tuple[int, dict[str, Any]]
 NAME = r"([^/]+/[^/]+)"
 
@@ -179,10 +178,3 @@ class WritingHandler(Handler):
 
 def mode(path: str) -> str:
     return "lfs" if path.endswith(LFS) else "regular"
-
-
-def oid(path: str, content: bytes) -> str:
-    """Of LFS files the sha256, of others git's sha1."""
-    if mode(path) == "lfs":
-        return content.announced if isinstance(content, Damaged) else hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
