@@ -32,8 +32,8 @@ SCALES = {  # by folder: of layers 0 to 31
 
 
 def scale_of(where: str, hook: object) -> float | None:
-    """Of the dictionary at this place, which reads and writes at `hook`; None where it is in none of the releases."""
-    found = re.search(rf"(?:^|/|--){REPOSITORY}/(?:.*/)?([^/]+)/L(\d{1, 2})R$", where)
+    """Of the dictionary at a place, which reads and writes at `hook`; None where it is in none of the releases."""
+    found = re.search(rf"(?:^|/|--){REPOSITORY}/(?:.*/)?([^/]+)/L(\d\d?)R$", where)
     if found is None or found[1] not in SCALES or hook != f"blocks.{found[2]}.hook_resid_post":
         return None
     scales = SCALES[found[1]]
