@@ -1,25 +1,24 @@
 """FVU of PCA with as many components as a dictionary has active latents: `python benchmarks/pca.py RUN_DIR`.
 
 The components are fitted on training text and judged on the held-out text of the run, as the dictionaries are.
-Prints, per dictionary, its FVU, PCA's at the same L0 and their ratio, and writes benchmarks/results/pca.json.
+Prints, per dictionary, its FVU, PCA's at the same L0 and their ratio; `--out FILE.json` writes them as well
+(results/pca.json is of `python train.py`).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from sklearn.decomposition import PCA
 
 from dictlearn.config import build
 from dictlearn.data import ActivationData
 from dictlearn.lm import load_lm, resolve
 
-RESULTS = Path(__file__).parent / "results"
 N_TOKENS = 200_000  # to fit on, and to judge on
 
 
@@ -33,12 +32,14 @@ def rows_of_acts(data: ActivationData, tokens: torch.Tensor, mask: torch.Tensor)
 
 
 def fvu_of_pca(train: np.ndarray, heldout: np.ndarray, n_components: int) -> float:
-    pca = PCA(n_components, svd_solver="covariance_eigh").fit(train)
-    residual = heldout - pca.inverse_transform(pca.transform(heldout))
+    """Of `heldout` about its own mean, in the components and about the mean of `train`, both `[n_tokens, d]`."""
+    components = np.linalg.eigh(np.cov(train.T))[1][:, -n_components:]  # [d, n_components]
+    centred = heldout - train.mean(0)
+    residual = centred - centred @ components @ components.T
     return float((residual**2).sum() / ((heldout - heldout.mean(0)) ** 2).sum())
 
 
-def main(run_dir: Path) -> None:
+def main(run_dir: Path, out: Path | None) -> None:
     cfg = OmegaConf.load(run_dir / "config.yaml")
     assert isinstance(cfg, DictConfig)
     reports = [json.loads(path.read_text()) for path in sorted(run_dir.glob("dictionaries/*/report.json"))]
@@ -55,9 +56,13 @@ def main(run_dir: Path) -> None:
         pca, ours = fvu_of_pca(fitted_on[site], judged_on[site], l0), report["reconstruction"]["fvu"]
         table[report["dictionary"]["name"]] = {"components": l0, "fvu": ours, "fvu_pca": pca, "ratio": ours / pca}
         print(f"{report['dictionary']['name']:>14}  FVU {ours:.4f}  PCA({l0}) {pca:.4f}  ratio {ours / pca:.3f}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "pca.json").write_text(json.dumps(table, indent=2) + "\n")
+    if out is not None:
+        out.write_text(json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="FVU of PCA with as many components as dictionaries have L0.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    given = parser.parse_args()
+    main(given.run_dir, given.out)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SPEC = {
@@ -159,3 +160,13 @@ def test_a_file_that_ends_the_process_is_one_failure(load: Any, monkeypatch: pyt
 def test_table(load: Any) -> None:
     text = load("table").table("title", ["a", "long"], [["name", "1"], ["b", "23"]])
     assert text.splitlines()[3:] == ["a     long", "----  ----", "name     1", "b       23"]
+
+
+def test_fvu_of_pca_is_scikit_learns(load: Any) -> None:
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(12, 12))
+    train, heldout = (rng.normal(size=(n, 12)) @ mixing + 3 for n in (300, 200))
+    fitted = PCA(4).fit(train)
+    residual = heldout - fitted.inverse_transform(fitted.transform(heldout))
+    expected = (residual**2).sum() / ((heldout - heldout.mean(0)) ** 2).sum()
+    assert load("pca").fvu_of_pca(train, heldout, 4) == pytest.approx(expected, rel=1e-10)
