@@ -1,7 +1,9 @@
 """The training door, from configuration to run folder."""
 
+import io
 import json
 import math
+import re
 import shutil
 import struct
 import time
@@ -16,13 +18,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from PIL import Image
+from rich.console import Console
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made at import
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.run import Results
 from dictlearn.training.resume import resumed
-from dictlearn.training.run import _load
+from dictlearn.training.run import _load, train
 from tests.runs import ROOT, SMALL, command, composed, run_train, weight_hashes
 
 NAMES = ["attn_out.2", "mlp_out.2", "resid_post.2"]
@@ -97,6 +100,24 @@ def test_the_log_has_every_window(run_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("results")
+def test_lines_of_progress_are_rows_of_the_log(tmp_path: Path) -> None:
+    overrides = [
+        *SMALL,
+        "experiment=single",
+        "site=resid_post.1",
+        "n_tokens=11_000",
+        "~evaluation.blocks.behaviour",
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    train(composed("train", [*overrides, f"run_dir={tmp_path}"]), overrides, console)
+    assert isinstance(console.file, io.StringIO)
+    printed = re.findall(r"(?m)^step (\d+)/43, .* loss (\S+) FVU (\S+) L0", console.file.getvalue())
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    loss, fvu = (table[f"resid_post.1/{key}"].map("{:.4f}".format) for key in ("loss", "fvu"))
+    assert printed == list(zip(table.step.map(str), loss, fvu, strict=True))
+    assert printed[-1][0] == "43"
+
+
 def test_what_was_trained_loads(run_dir: Path) -> None:
     loaded = dictlearn.load(run_dir)
     assert isinstance(loaded, dict)

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 class ProgressDisplay(Callback):
     """A bar over the steps, tokens/s, and per dictionary the loss, FVU, L0 and dead fraction of the last window.
 
-    Where the output is no terminal, a line every twentieth of the run.
+    Where the output is no terminal, a line after every twentieth of the run, with the step at which its window
+    ended, and one after the last step.
     """
 
     def __init__(self, console: Console) -> None:
@@ -42,6 +43,7 @@ class ProgressDisplay(Callback):
             TextColumn("left"),
         )
         self.live = Live(console=self.console, refresh_per_second=4)
+        self.printed_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.task = self.bar.add_task("train", total=pl_module.n_steps, completed=trainer.global_step, speed="-")
@@ -57,12 +59,14 @@ class ProgressDisplay(Callback):
         if self.console.is_terminal:
             if step % 10 == 0:
                 self._show(pl_module)
-        elif pl_module.latest and step % max(1, pl_module.n_steps // 20) == 0:
-            self.console.print(_line(pl_module, step), soft_wrap=True)
+        elif pl_module.latest_step - self.printed_step >= max(1, pl_module.n_steps // 20):
+            self._print(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.live.is_started:
             self._show(pl_module)
+        elif not self.console.is_terminal and pl_module.latest_step > self.printed_step:
+            self._print(pl_module)
         self.live.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -71,15 +75,20 @@ class ProgressDisplay(Callback):
     def _show(self, module: DictionaryTraining) -> None:
         self.live.update(Group(self.bar, _table(module)))
 
+    def _print(self, module: DictionaryTraining) -> None:
+        self.printed_step = module.latest_step
+        self.console.print(_line(module), soft_wrap=True)
+
 
 def _table(module: DictionaryTraining) -> Table:
-    table = Table("dictionary", "loss", "FVU", "L0", "dead", box=None)
+    caption = f"of the steps up to {module.latest_step}" if module.latest else None
+    table = Table("dictionary", "loss", "FVU", "L0", "dead", box=None, caption=caption)
     for member in module.members:
         table.add_row(member.learner.name, *_values(module, member.learner.name))
     return table
 
 
-def _line(module: DictionaryTraining, step: int) -> str:
+def _line(module: DictionaryTraining) -> str:
     names = [member.learner.name for member in module.members]
     if len(names) > MOST_NAMED:
         fvus = [module.latest[f"{name}/fvu"] for name in names]
@@ -87,7 +96,7 @@ def _line(module: DictionaryTraining, step: int) -> str:
     else:
         parts = ["{}: loss {} FVU {} L0 {} dead {}".format(name, *_values(module, name)) for name in names]
     speed = _count(module.latest.get("tokens_per_second"))
-    return f"step {step}/{module.n_steps}, {speed} tokens/s | " + " | ".join(parts)
+    return f"step {module.latest_step}/{module.n_steps}, {speed} tokens/s | " + " | ".join(parts)
 
 
 def _values(module: DictionaryTraining, name: str) -> list[str]:

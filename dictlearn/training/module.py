@@ -41,8 +41,8 @@ class DictionaryTraining(L.LightningModule):
     """Trains every member on every batch; losses are independent, so their sum has each one's own gradients.
 
     `lm`, of which the batches are, is there for terms that look at it; it is in no module tree. Metrics stay on the
-    device and leave it once per window in one transfer. `latest` holds the last window's
-    values for the progress bar, and the mean speed of the run, in all its processes.
+    device and leave it once per window in one transfer. `latest` holds the values of the last window, which ended
+    at step `latest_step`, and the mean speed of the run, in all its processes.
     """
 
     def __init__(self, members: list[Member], n_steps: int, tokens_per_batch: int, lm: LM | None = None) -> None:
@@ -53,6 +53,7 @@ class DictionaryTraining(L.LightningModule):
         self.n_steps, self.tokens_per_batch = n_steps, tokens_per_batch
         self.window = max(1, min(MOST_PER_WINDOW, n_steps // 10))
         self.latest: dict[str, float] = {}
+        self.latest_step = 0
         self._seconds = 0.0  # in training before this process
         self._since: float | None = None  # when this process began with its first step
 
@@ -151,6 +152,7 @@ class DictionaryTraining(L.LightningModule):
         if bad := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
             raise self._diverged(", ".join(bad), step)
         self.latest = {**dict(zip(names, values, strict=True)), "tokens_per_second": speed}
+        self.latest_step = step
         row = {"n_tokens": float(step * self.tokens_per_batch), **self.latest}
         for logger in self.loggers:
             logger.log_metrics(row, step=step)
