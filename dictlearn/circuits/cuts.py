@@ -72,15 +72,15 @@ class Cut:
         bias = d.denormalise(d.b_dec.flatten().expand(*tokens, -1), x)
         return bias if d.site_axis else bias.unsqueeze(-2)
 
-    def effects(
+    def written_along(
         self, values: SparseLatents, gradient: Float[Tensor, "n_tokens n_writes d_out"]
-    ) -> Float[Tensor, " nnz"]:
-        """Each value times the gradient along what it writes."""
+    ) -> tuple[Float[Tensor, "n_tokens n_writes d_out"], Float[Tensor, " nnz"]]:
+        """What latents of these values write, and each value times the gradient along what it writes."""
         with torch.enable_grad():
             leaf = values.values.detach().requires_grad_()
             written = self.written(values._replace(values=leaf))
             (along,) = torch.autograd.grad(written, leaf, gradient.to(written.dtype))
-        return along * values.values
+        return written.detach(), along * values.values
 
 
 def cuts_of(model: PreTrainedModel, dictionaries: Mapping[str, Dictionary]) -> list[Cut]:

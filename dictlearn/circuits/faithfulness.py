@@ -30,6 +30,7 @@ from dictlearn.types import DictlearnError
 
 ERRORS = ("scored", "kept", "removed")
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the candidates, as in MIB
+FIXED = (10, 100, 1000)  # sizes at which circuits are compared across dictionaries
 LEVELS = (0.5, 0.8, 0.95)
 NEAR_ZERO = 1e-3  # of |m(M)|: an ablation that changes less is no yardstick
 N_DRAWS = 1000
@@ -106,6 +107,10 @@ class Curve:
             return math.exp(low + part * (high - low))
         return None
 
+    def at(self, size: int) -> float | None:
+        """Faithfulness of the circuit of so many nodes; None where it was not measured."""
+        return float(self.faithfulness[self.sizes.index(size)]) if size in self.sizes else None
+
     def areas(self) -> tuple[float, float]:
         """CPR and CMD: the integrals of f and of |1 - f| over the fraction of nodes (MIB, Mueller et al. 2025)."""
         x = np.array(self.sizes) / self.n_candidates
@@ -118,14 +123,16 @@ class Curve:
         last = {f"n_at_{level}": self.n_at(level) for level in LEVELS}
         metric = {"metric_clean": float(self.whole.mean()), "metric_ablated": float(self.none.mean())}
         full = {"faithfulness_of_all": float(self.faithfulness[-1])}
+        full |= {f"faithfulness_at_{size}": self.at(size) for size in FIXED}
         return {"cpr": cpr, "cmd": cmd} | last | full | metric | {"n_candidates": self.n_candidates}
 
 
 def sizes_for(n_candidates: int, n_sizes: int = 20) -> tuple[int, ...]:
-    """0, `n_sizes` numbers of nodes evenly apart in their logarithms up to all, and those of FRACTIONS."""
+    """0, `n_sizes` numbers of nodes evenly apart in their logarithms up to all, those of FRACTIONS, and FIXED."""
     spaced = np.geomspace(1, n_candidates, n_sizes).round().astype(int)
     fractions = (max(1, round(fraction * n_candidates)) for fraction in FRACTIONS)
-    return tuple(sorted({0, *map(int, spaced), *fractions}))
+    fixed = (size for size in FIXED if size < n_candidates)
+    return tuple(sorted({0, *map(int, spaced), *fractions, *fixed}))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dictlearn.evaluation.plots import legend_beside, log_ticks, new_figure, save_plot
+from dictlearn.evaluation.report import value_at
 
 LABELS = {
     ("dictionaries", "scored"): "dictionaries",
@@ -61,3 +62,37 @@ def circuit_table(report: Mapping[str, Any]) -> pd.DataFrame:
         if isinstance(numbers, Mapping)
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+def sweep_table(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for each dictionary and task: L0, FVU and the faithfulness of circuits of fixed numbers of nodes, of
+    dictionaries that were measured by themselves.
+    """
+    rows = []
+    for name, report in reports.items():
+        section = report.get("circuits", {})
+        if len(section.get("dictionaries", [])) != 1:
+            continue
+        for task, numbers in section["tasks"].items():
+            scored = {key: value for key, value in numbers["dictionaries"]["scored"].items() if key != "curve"}
+            place = {"l0": value_at(report, "sparsity.l0.mean"), "fvu": value_at(report, "reconstruction.fvu")}
+            kind = report["dictionary"]["sparsifier"]["kind"]
+            rows.append({"dictionary": name, "sparsifier": kind, "task": task, **place, **scored})
+    return pd.DataFrame(rows)
+
+
+def plot_sweep(table: pd.DataFrame, png: Path, size: int = 100) -> Path:
+    """Faithfulness at `size` nodes against L0 and against FVU, a line of panels for each task."""
+    tasks = list(dict.fromkeys(table.task))
+    figure, axes = new_figure(2 * len(tasks), most_columns=2, margin=2.0)
+    for task, panels in zip(tasks, zip(axes[::2], axes[1::2], strict=True), strict=True):
+        for ax, column in zip(panels, ("l0", "fvu"), strict=True):
+            for color, kind in enumerate(dict.fromkeys(table.sparsifier)):
+                own = table[(table.task == task) & (table.sparsifier == kind)]
+                points = sorted(zip(own[column], own[f"faithfulness_at_{size}"], strict=True))
+                ax.plot(*zip(*points, strict=True), "o-", color=f"C{color}", label=str(kind))
+            ax.set_xlabel({"l0": "L0", "fvu": "FVU"}[column])
+            ax.set_ylabel(f"faithfulness at {size} nodes")
+            ax.set_title(task, fontsize="small")
+    legend_beside(figure, axes[0].lines)
+    return save_plot(figure, table, png)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dictlearn.evaluation.circuit_plots import plot_circuits
+from dictlearn.evaluation.circuit_plots import plot_circuits, plot_sweep, sweep_table
 from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext
 from dictlearn.evaluation.plots import plot_report
 from dictlearn.evaluation.run import Results, evaluate
@@ -27,6 +27,8 @@ def evaluate_and_show(
         plot_report(report, plots)
         if report.get("circuits", {}).get("tasks"):
             plot_circuits(report, plots / f"{name}_circuits.png")
+    if len(sweep := sweep_table(results.reports)) > 1:
+        plot_sweep(sweep, plots / "circuits_sweep.png")
     console.print(report_table(results.reports))
     for name, report in results.reports.items():
         for warning in report["warnings"]:

@@ -280,6 +280,7 @@ def test_what_is_read_off_a_curve() -> None:
     assert found.n_at(0.5) == 1
     assert found.n_at(0.75) == pytest.approx(2)  # half way from 1 to 4 in the logarithm
     assert found.n_at(1.3) is None
+    assert (found.at(4), found.at(5)) == (pytest.approx(1), None)
     cpr, cmd = found.areas()
     assert cpr == pytest.approx(0.1 * 0.25 + 0.3 * 0.75 + 0.6 * 1.1)
     assert cmd == pytest.approx(0.1 * 0.75 + 0.3 * 0.25 + 0.6 * 0.1)

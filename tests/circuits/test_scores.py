@@ -205,7 +205,11 @@ def test_exact_scores_of_some_nodes(model: GetModel) -> None:
     chosen = NodeValues(torch.zeros_like(all_nodes.latents).bool(), torch.zeros_like(all_nodes.errors).bool())
     chosen.latents[3] = True
     chosen.errors[0, 1] = True
-    found = node_scores(own, cuts, batch, method=Exact({"d": chosen}))["d"]
+    none = NodeValues(torch.zeros_like(chosen.latents), torch.zeros_like(chosen.errors))
+    both = cuts | {"e": some_dictionaries(own)["mlp"]}
+    scores = node_scores(own, both, batch, method=Exact({"d": chosen, "e": none}))
+    assert not scores["e"].latents.any()
+    found = scores["d"]
     torch.testing.assert_close(found.latents[3], all_nodes.latents[3])
     assert found.latents[3].any()
     assert not found.latents[[0, 1, 2, 4, 5]].any()

@@ -50,7 +50,8 @@ class OneByOne(Method):
             latents, errors = (torch.zeros_like(mask, dtype=moves.values.dtype) for mask in wanted)
             tables = ((latents, wanted.latents, moves.of_latents), (errors, wanted.errors, moves.of_errors))
             for table, mask, of_node in tables:
-                for some in mask.nonzero().split(max(1, self.n_rows // len(batch))):
+                chunks = mask.nonzero().split(max(1, self.n_rows // len(batch)))
+                for some in (chunk for chunk in chunks if len(chunk)):  # without nodes there is an empty one
                     table[some[:, 0], some[:, 1]] = self.effects(model, cut, batch, of_node(some)).mean(-1)
             found[cut.name] = NodeValues(latents, errors)
         return found

@@ -93,8 +93,9 @@ def _scores(
     tables, rests = grad.new_zeros(2, n_labels, n_latents), []
     for table, acts in zip(tables, (patch, clean), strict=True):
         values = cut.values(acts)
-        add_by_node_(table, values, cut.effects(values, grad.flatten(0, 1)), label)
-        rests.append(cut.targets(acts) - cut.written(values).unflatten(0, grad.shape[:2]))
+        written, effects = cut.written_along(values, grad.flatten(0, 1))
+        add_by_node_(table, values, effects, label)
+        rests.append(cut.targets(acts) - written.unflatten(0, grad.shape[:2]))
     latents = tables[0].sub_(tables[1])  # exactly zero where the pairs agree
     moved = (rests[0] - rests[1]).mul_(grad).sum((0, -1))  # [ctx, n_writes]
     return NodeValues(latents / len(batch), by_label(moved.T, label, n_labels) / len(batch))
