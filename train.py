@@ -44,9 +44,9 @@ def main(cfg: DictConfig) -> float:
 
 def further(cfg: DictConfig, overrides: list[str], job: int | None) -> None:
     """Raise DictlearnError for what is wrong beside the command line."""
-    from dictlearn.training.run import check
+    from dictlearn.training.run import check_ahead
 
-    check(cfg, overrides, job)
+    check_ahead(cfg, overrides, job)
 
 
 if __name__ == "__main__":

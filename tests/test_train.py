@@ -8,6 +8,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttri
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation.run import Results
+from dictlearn.overrides import refuse_mistakes
 from dictlearn.training.resume import resumed
-from dictlearn.training.run import _load, train
+from dictlearn.training.run import _load, check_ahead, train
+from dictlearn.types import DictlearnError
 from tests.runs import ROOT, SMALL, command, composed, run_train, weight_hashes
 
 NAMES = ["attn_out.2", "mlp_out.2", "resid_post.2"]
@@ -356,6 +359,27 @@ def test_a_sweep_with_an_impossible_job_does_not_start(tmp_path: Path) -> None:
     assert "sparsifier.k=4000: sparsifier.k must be at most n_latents = 1024" in out
     assert "Traceback" not in out
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "overrides", "problem"),
+    [
+        ("config.yaml", [], "holds a single run"),
+        ("config.yaml", ["resume=auto"], "holds a single run"),
+        ("0/config.yaml", [], "is not empty: choose another one, or continue the sweep in it by resume=auto"),
+        ("0/metrics.csv", ["resume=auto"], "holds files but no run"),
+        ("sweep.csv", [], "is not empty"),
+        ("sweep.csv", ["resume=auto"], None),
+    ],
+)
+def test_a_sweep_does_not_go_into_a_folder_in_use(
+    tmp_path: Path, there: str, overrides: list[str], problem: str | None
+) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    arguments = ["-m", "experiment=single", "site=resid_post.1", "seed=1,2", f"run_dir={tmp_path}", *overrides]
+    with nullcontext() if problem is None else pytest.raises(DictlearnError, match=problem):
+        refuse_mistakes(ROOT / "conf", "train", arguments, check_ahead)
 
 
 def test_a_run_without_its_csv_file_is_whole(tmp_path: Path) -> None:

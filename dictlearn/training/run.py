@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from dictlearn.config import ConfigError, build, check_references, plain
+from dictlearn.config import ConfigError, build, check_references, collect, plain
 from dictlearn.data import ActivationData, RowData
 from dictlearn.dictionaries import Dictionary
 from dictlearn.evaluation import EvaluationContext, Results
@@ -143,6 +143,25 @@ def check(
     if found:
         raise ConfigError(found)
     return cfg, resumed_if_begun(cfg) if cfg.resume == AUTO else None
+
+
+def check_ahead(cfg: DictConfig, overrides: Sequence[str], job: int | None = None) -> None:
+    """`check`, before anything is written: then the folder of a sweep has to be empty, or to hold a begun sweep.
+
+    Raises DictlearnError with all that is wrong.
+    """
+    found: list[str] = []
+    if job is not None and isinstance(cfg.run_dir, str) and not cfg.plan:
+        folder = Path(cfg.run_dir)
+        if (folder / CONFIG).exists():
+            found.append(f"run_dir {folder} holds a single run: choose another one for the runs of -m")
+        elif cfg.resume != AUTO and any(folder.glob("*")):
+            found.append(
+                f"run_dir {folder} is not empty: choose another one, or continue the sweep in it by resume=auto"
+            )
+    collect(found, lambda: check(cfg, overrides, job))
+    if found:
+        raise ConfigError(found)
 
 
 @contextmanager
