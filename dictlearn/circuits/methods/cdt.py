@@ -1,4 +1,4 @@
-"""Contextual decomposition (CD-T, Hsu et al. 2024) of what a node has more on the clean than on the patch prompt."""
+"""Contextual decomposition (CD-T, Hsu et al. 2024) of what a node has more on clean than on patch prompts."""
 
 from __future__ import annotations
 
