@@ -74,6 +74,11 @@ class Files:
         return place == "" or place in self.names or any(name.startswith(f"{place}/") for name in self.names)
 
 
+def expanded(path: str | Path) -> Path:
+    """With the home folder for `~`; a name of no user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises there
+
+
 def local_files(folder: Path) -> Files:
     """The files below `folder`. Links that lead out of it are refused when they are asked for."""
     root = folder.resolve()

@@ -12,8 +12,8 @@ import torch
 from dictlearn.checks import check_choice
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.codecs.base import WritingCodec
-from dictlearn.hub.files import hub_files, local_files
-from dictlearn.hub.places import CODECS, NATIVE, Place, is_pattern, places, places_at
+from dictlearn.hub.files import expanded, hub_files, local_files
+from dictlearn.hub.places import CODECS, NATIVE, Place, is_pattern, place_of_file, places, places_at
 from dictlearn.hub.refs import HubRef, parse
 from dictlearn.hub.releases import RELEASES, place_of, published_l0, split_alias
 from dictlearn.registry import kinds, lookup
@@ -63,7 +63,8 @@ def locate(refs: str | Path | Sequence[str | Path]) -> dict[str, Place]:
 
 
 def list_dictionaries(ref: str | Path) -> list[str]:
-    """References to the dictionaries in a repository of the Hub, of a release, or below a folder, by file names.
+    """References to the dictionaries in a repository of the Hub, of a release, or below a folder, by file names;
+    checkpoints of a training are not among them.
 
     Raises DictlearnError where it does not exist or holds none.
     """
@@ -91,7 +92,7 @@ def save(dictionary: Dictionary, folder: str | Path, format: str = NATIVE) -> No
     codecs = {kind: lookup(CODECS, kind)() for kind in kinds(CODECS)}
     writing = {kind: codec for kind, codec in codecs.items() if isinstance(codec, WritingCodec)}
     check_choice("format", format, tuple(writing))
-    writing[format].write(dictionary, Path(folder))
+    writing[format].write(dictionary, expanded(folder))
 
 
 def _path(ref: object) -> Path:
@@ -99,7 +100,7 @@ def _path(ref: object) -> Path:
         raise DictlearnError(f"A dictionary is named by a path, got {ref!r} ({type(ref).__name__}): {CHOICES}.")
     if not str(ref).strip():
         raise DictlearnError(f"A dictionary is named by a path, got an empty one: {CHOICES}.")
-    return Path(ref)
+    return expanded(ref)
 
 
 def _places(ref: Path) -> Place | list[Place]:
@@ -108,20 +109,23 @@ def _places(ref: Path) -> Place | list[Place]:
         return found
     several = not ref.exists() or (ref / "dictionaries").is_dir()
     paths = [ref] if ref.exists() else [Path(path) for path in sorted(glob.glob(str(ref)))]  # noqa: PTH207
-    if found := [place for path in paths for place in _on_disk(path)]:
+    if found := [place for path in paths for place in _on_disk(path, named=ref.exists())]:
         return found if several else found[0]
     if ref.is_file():
-        raise DictlearnError(f"{str(ref)!r} is a file, and a dictionary is a folder of files: {CHOICES}.")
+        raise DictlearnError(f"{str(ref)!r} is a file that no known dictionary needs: {CHOICES}.")
     why = "holds no dictionary" if paths else "does not exist, so it holds no dictionary"
     raise DictlearnError(f"{str(ref)!r} {why}: {CHOICES}.")
 
 
-def _on_disk(path: Path) -> list[Place]:
-    """Those of a run folder; the one of a file, or of another folder. DictlearnError where there are more."""
+def _on_disk(path: Path, *, named: bool) -> list[Place]:
+    """Those of a run folder; the one of another folder, or of a file; where no pattern has named it that of any of
+    its files. DictlearnError where there are more.
+    """
     if path.is_file():
         folder = path.parents[path.parent.name == "checkpoints"]  # their configuration is above
         files, name = local_files(folder), path.relative_to(folder).as_posix()
-        return [Place(files, name)] if name in places(files) else []
+        found = place_of_file(files, name) if named else name if name in places(files) else None
+        return [] if found is None else [Place(files, found)]
     if (path / "dictionaries").is_dir():
         return [Place(local_files(cfg.parent), "") for cfg in sorted((path / "dictionaries").glob("*/cfg.json"))]
     files = local_files(path)
@@ -134,7 +138,7 @@ def _on_the_hub(ref: str) -> Place | list[Place] | None:
     if alias := split_alias(ref):
         release, given = alias
         files = hub_files(HubRef(RELEASES[release].repo))
-        path = place_of(release, given, places(files))
+        path = place_of(release, given, places(files, named=not is_pattern(given)))
         return Place(files, path, published_l0(release, given, path))
     try:
         hub_ref = parse(ref)

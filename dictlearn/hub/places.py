@@ -6,14 +6,14 @@ import fnmatch
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from dictlearn.choices import is_count
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.codecs._sae_lens import CONFIG
-from dictlearn.hub.codecs.base import Codec
+from dictlearn.hub.codecs.base import Codec, NamingCodec
 from dictlearn.hub.files import Files
 from dictlearn.hub.origin import hf_id, modules_of, stated_l0
 from dictlearn.hub.weights import read_json, read_yaml
@@ -94,7 +94,7 @@ class Place:
         found = [
             kind
             for kind, codec in codecs.items()
-            if self.path in codec.find(self.files.names) and codec.matches(self.files, self.path)
+            if self.path in _found(codec, self.files.names, named=True) and codec.matches(self.files, self.path)
         ]
         if len(found) == 1:
             return found[0]
@@ -117,13 +117,33 @@ def is_pattern(path: str) -> bool:
     return "*" in path or "?" in path
 
 
-def places(files: Files) -> list[str]:
-    """Where dictionaries are, as far as the names of the files tell."""
-    return sorted({place for codec in _codecs().values() for place in codec.find(files.names)})
+def places(files: Files, *, named: bool = False) -> list[str]:
+    """Where dictionaries are, as far as the names of the files tell.
+
+    named: with those that only their own path stands for, such as checkpoints of a training.
+    """
+    return sorted({place for codec in _codecs().values() for place in _found(codec, files.names, named=named)})
+
+
+def place_of_file(files: Files, name: str) -> str | None:
+    """What a file is of: itself, or the dictionary that is not there without it, as a folder; None for others.
+
+    Raises DictlearnError where several are not there without it.
+    """
+    if name in places(files, named=True):
+        return name
+    others = replace(files, names=tuple(other for other in files.names if other != name))
+    found = sorted(set(places(files)) - set(places(others)))
+    if len(found) > 1:
+        raise DictlearnError(
+            f"{files.place(name)} is of {len(found)} dictionaries: name the path of one; {some(found)}."
+        )
+    return found[0] if found else None
 
 
 def places_at(files: Files, path: str) -> list[str]:
-    """`path` itself, the only place of a dictionary below it, or all that match where it has a `*` or `?`.
+    """`path` itself, the dictionary of this file, the only place of one below it, or all that match where it has a
+    `*` or `?`.
 
     Raises DictlearnError where there is nothing, or more than one without a pattern.
     """
@@ -135,6 +155,9 @@ def places_at(files: Files, path: str) -> list[str]:
         raise DictlearnError(f"{files.where} has no dictionary {path!r}; it has {some(found)}.")
     if not files.has(path):
         raise DictlearnError(f"{files.where} has no {path!r}; it has {some(found or files.names)}.")
+    if path in files.names:
+        owner = place_of_file(files, path)
+        return [path if owner is None else owner]
     below = [place for place in found if path == "" or place.startswith(f"{path}/")]
     if path in found or not below:
         return [path]
@@ -159,6 +182,10 @@ def _letters(name: str) -> str:
 
 def _codecs() -> Mapping[str, Codec]:
     return {kind: cast(Codec, lookup(CODECS, kind)()) for kind in kinds(CODECS)}
+
+
+def _found(codec: Codec, names: Sequence[str], *, named: bool) -> list[str]:
+    return codec.find(names) + (codec.named(names) if named and isinstance(codec, NamingCodec) else [])
 
 
 def _config(path: Path) -> Mapping[str, Any] | None:

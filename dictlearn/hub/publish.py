@@ -19,7 +19,7 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.hub.branch import CARD, Held, commit, open_branch, writer
 from dictlearn.hub.card import Facts, facts, readme
 from dictlearn.hub.codecs.native import CONFIG, WEIGHTS
-from dictlearn.hub.files import hub_files
+from dictlearn.hub.files import expanded, hub_files
 from dictlearn.hub.load import load, locate
 from dictlearn.hub.manifest import MANIFEST, merged, read_lines, rows, sha256, text_of
 from dictlearn.hub.places import Place
@@ -117,10 +117,10 @@ def _target(repo: str, path: str, branch: str | None) -> HubRef:
 
 def _places(folder: str | Path, path: str) -> dict[str, Place]:
     """The dictionaries of `folder`, by where each goes."""
-    if not isinstance(folder, str | Path) or not Path(folder).is_dir():
+    if not isinstance(folder, str | Path) or not (given := expanded(folder)).is_dir():
         raise DictlearnError(f"What is published is a folder of a dictionary or of a run, got {str(folder)!r}.")
-    found = locate(Path(folder))
-    if (Path(folder) / CONFIG).is_file() or not (Path(folder) / "dictionaries").is_dir():
+    found = locate(given)
+    if (given / CONFIG).is_file() or not (given / "dictionaries").is_dir():
         (only,) = found.values()
         return {path: only}
     if odd := [name for name in found if not NAME.fullmatch(name)]:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 import dictlearn
 from dictlearn.dictionaries import Dictionary
-from dictlearn.hub import save
+from dictlearn.hub import locate, save
+from dictlearn.hub.files import local_files
+from dictlearn.hub.places import places_at
 from dictlearn.sparsifiers.group_max import GroupMax
 from dictlearn.sparsifiers.jump_relu import JumpReLU
 from dictlearn.sparsifiers.relu import ReLU
@@ -127,21 +129,50 @@ def test_the_rule(tmp_path: Path, kind: str) -> None:
     assert loaded.metadata.items() >= {"lm_name": "org/lm", "ctx": 128}.items()
 
 
+def trained(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A trainer's folder: the tensors at its end, and those of the checkpoint of step 500."""
+    last, earlier = write(folder, kind), {name: t if name == "k" else t + 1 for name, t in state(kind).items()}
+    (folder / "checkpoints").mkdir()
+    torch.save(earlier, folder / "checkpoints" / "ae_500.pt")
+    return last, earlier
+
+
 @pytest.mark.parametrize("kind", ["AutoEncoderTopK", "JumpReluAutoEncoder"])
 def test_a_checkpoint_has_the_configuration_of_the_folder_above(tmp_path: Path, kind: str) -> None:
     run = tmp_path / "resid_post_layer_4" / "trainer_0"
-    last, earlier = write(run, kind), {name: t + 1 for name, t in state(kind).items()}
-    if "k" in earlier:
-        earlier["k"] = torch.tensor(K)
-    (run / "checkpoints").mkdir()
-    torch.save(earlier, run / "checkpoints" / "ae_500.pt")
+    last, earlier = trained(run, kind)
     check(run, kind, last)
-    (place,) = [ref for ref in dictlearn.list(tmp_path) if ref.endswith("ae_500.pt")]
+    assert dictlearn.list(tmp_path) == [str(run)]
     loaded = dictlearn.load(f"{tmp_path}/resid_post_layer_4/trainer_0/checkpoints/ae_500.pt")
-    assert place.endswith("trainer_0/checkpoints/ae_500.pt")
     assert isinstance(loaded, Dictionary)
     x = torch.randn(9, D)
     torch.testing.assert_close(loaded(x).recon.double(), rule(kind, earlier, x)[1], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["", "resid_post_layer_4", "resid_post_layer_4/trainer_0"])
+def test_a_folder_holds_what_the_training_ended_with(tmp_path: Path, where: str) -> None:
+    last, _ = trained(tmp_path / "resid_post_layer_4" / "trainer_0", "JumpReluAutoEncoder")
+    check(tmp_path / where, "JumpReluAutoEncoder", last)
+
+
+@pytest.mark.parametrize("pattern", ["*", "resid_post_layer_4/*", "resid_post_layer_4/trainer_*/*"])
+def test_a_pattern_stands_for_what_the_trainings_ended_with(tmp_path: Path, pattern: str) -> None:
+    for trainer in ("trainer_0", "trainer_1"):
+        trained(tmp_path / "resid_post_layer_4" / trainer, "JumpReluAutoEncoder")
+    if pattern == "resid_post_layer_4/*":
+        found = locate(str(tmp_path / pattern))
+        assert sorted(place.path for place in found.values()) == ["", ""]
+        assert sorted(found) == ["trainer_0", "trainer_1"]
+    else:  # of folders with two, and of files
+        with pytest.raises(DictlearnError, match=r"holds 2 dictionaries|holds no dictionary"):
+            locate(str(tmp_path / pattern))
+    files = local_files(tmp_path)
+    named = "resid_post_layer_4/trainer_0/checkpoints/ae_500.pt"
+    assert places_at(files, named) == [named]
+    below = places_at(files, "*")
+    assert below == ["resid_post_layer_4/trainer_0", "resid_post_layer_4/trainer_1"]
+    with pytest.raises(DictlearnError, match="has no dictionary"):
+        places_at(files, "*/checkpoints/*")
 
 
 @pytest.mark.parametrize("kind", KINDS)

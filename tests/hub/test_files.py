@@ -169,6 +169,13 @@ def test_a_dictionary_of_the_hub(server: Hub, tmp_path: Path) -> None:
     assert only.metadata["source"]["path"] == "deep/b"
 
 
+def test_a_file_of_the_hub_stands_for_its_dictionary(server: Hub) -> None:
+    loaded = dictlearn.load("someone/two:deep/b/sae_weights.safetensors")
+    assert isinstance(loaded, Linear)
+    assert loaded.metadata["source"]["path"] == "deep/b"
+    assert not any("/a/" in request for request in server.requests)
+
+
 @pytest.mark.usefixtures("server")
 def test_which_dictionary_of_the_hub_is_asked_back() -> None:
     with pytest.raises(

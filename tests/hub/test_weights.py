@@ -123,7 +123,7 @@ def test_tensors_without_values_of_their_own(case: str) -> None:
 
 def test_the_sizes_of_an_encoder_without_axes_of_its_own() -> None:
     nested = torch.nested.nested_tensor([torch.ones(4)] * 3)
-    with pytest.raises(FormatError, match="file.pt must hold W_enc with two axes"):
+    with pytest.raises(FormatError, match=r"file\.pt must hold W_enc with two axes"):
         encoder_sizes(Path("file.pt"), {"W_enc": nested}, "W_enc")
 
 

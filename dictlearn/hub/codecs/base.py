@@ -42,6 +42,15 @@ class WritingCodec(Codec, Protocol):
         ...
 
 
+@runtime_checkable
+class NamingCodec(Codec, Protocol):
+    """Has files besides that are loaded (or refused with the reason) by their own path alone."""
+
+    def named(self, names: Sequence[str]) -> list[str]:
+        """The places of these: they are what neither a folder nor a pattern stands for."""
+        ...
+
+
 def folders_with(names: Sequence[str], *needed: str) -> list[str]:
     """The folders, "" for the first one, that hold all these files."""
     found = {posixpath.dirname(name) for name in names if posixpath.basename(name) == needed[0]}

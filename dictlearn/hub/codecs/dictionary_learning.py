@@ -11,7 +11,8 @@ for TopK and BatchTopK, whose tensors have the same names. `nn.Linear` weights a
     JumpReluAutoEncoder      relu above thresholds; x
 
 The `ae.pt` of an interrupted training is a backup, in the units of normalised activations: biases and thresholds
-are multiplied by its norm_factor. What was saved in between, `checkpoints/ae_STEP.pt`, is as `ae.pt`.
+are multiplied by its norm_factor. What was saved in between, `checkpoints/ae_STEP.pt`, is as `ae.pt`; it is loaded
+by its own path alone.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ class DictionaryLearning:
     layout: ClassVar[str] = f"{WEIGHTS} or checkpoints/ae_STEP.pt with the tensors of one of {', '.join(SHAPES)}"
 
     def find(self, names: Sequence[str]) -> list[str]:
-        return folders_with(names, WEIGHTS) + [name for name in names if CHECKPOINT.fullmatch(name)]
+        return folders_with(names, WEIGHTS)
+
+    def named(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if CHECKPOINT.fullmatch(name)]
 
     def matches(self, files: Files, place: str) -> bool:
         return True  # no other format has a file of this name

@@ -197,8 +197,9 @@ def _scales(path: Path, cfg: Mapping[str, Any], stored: Mapping[str, Tensor], wh
         known = scale_of(where, cfg["hook_point_in"]) if len(set(keys)) == 1 else None
         if known is None:
             raise FormatError(
-                f"{path}: missing {sorted(set(keys))}: without them it is not supported because activations are scaled by their "
-                f"average norm, and {where!r} is no place of Llama Scope R1, of which it is known here."
+                f"{path}: missing {sorted(set(keys))}: without them it is not supported because activations are "
+                f"scaled by their average norm, and {where!r} is no place of Llama Scope R1, of which it is known "
+                "here."
             )
         return known, known
     check_tensors(path, norms, {key: (1,) if key in norms and norms[key].ndim == 1 else () for key in keys})
