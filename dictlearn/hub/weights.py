@@ -29,6 +29,7 @@ from dictlearn.types import FormatError
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and extra field
 MOST_INFLATED = 1_100  # times what is stored; deflate reaches 1,032
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000  # of a configuration in YAML
+MOST_JSON_BYTES = 10_000_000
 NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -47,6 +48,8 @@ DAMAGED = (  # what numpy and torch raise of files that are cut off or have othe
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; FormatError if the file is missing, not JSON or not an object."""
     try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"it has more than {MOST_JSON_BYTES:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         _text(content)
     except FileNotFoundError:
@@ -187,13 +190,16 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in in_order.aminmax())
 
 
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of numbers in an npz file. Raises FormatError where it is none, or holds objects.
+def read_npz(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """The arrays of numbers in an npz file, which are none but `names`: others are not even unpacked. Raises
+    FormatError where it is no such file, has others, or holds objects.
 
     Arrays that are not compressed are views of the file.
     """
     try:
         with zipfile.ZipFile(path) as file:
+            if odd := sorted({name.removesuffix(".npy") for name in file.namelist()} - set(names)):
+                raise FormatError(f"{path} has unexpected {odd}; it may hold {sorted(names)}.")
             arrays = {m.filename.removesuffix(".npy"): _array(path, file, m) for m in file.infolist()}
     except FileNotFoundError:
         raise FormatError(f"{path} is missing.") from None

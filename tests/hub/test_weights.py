@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor
 import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.hub import save
-from dictlearn.hub.weights import check_tensors, encoder_sizes, number_in, read_npz, read_yaml
+from dictlearn.hub.weights import check_tensors, encoder_sizes, number_in, read_json, read_npz, read_yaml
 from dictlearn.types import FormatError
 from tests.hub import test_circuit_tracer, test_gemma_scope, test_native, test_saelens_legacy
 from tests.hub.test_native_cross_layer import change_own
@@ -36,7 +37,7 @@ def test_arrays_of_any_order_and_type(tmp_path: Path, write: Callable[..., None]
         "none": np.zeros((0, 3)),
     }
     write(tmp_path / "a.npz", **arrays)
-    read = read_npz(tmp_path / "a.npz")
+    read = read_npz(tmp_path / "a.npz", arrays)
     assert set(read) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(read[name].numpy(), array)
@@ -60,7 +61,7 @@ def test_an_array_has_the_values_that_its_header_declares(tmp_path: Path, shape:
         FormatError,
         match=r"a\.npz is not a whole npz file of arrays: (a\.npy has 48 bytes|.*negative|.*unknown dimension)",
     ):
-        read_npz(tmp_path / "a.npz")
+        read_npz(tmp_path / "a.npz", ("a", "b"))
 
 
 def test_a_compressed_array_is_no_larger_than_compression_can_make_it(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_a_compressed_array_is_no_larger_than_compression_can_make_it(tmp_path: 
     true, declared = (size.to_bytes(4, "little") for size in (info.file_size, n_header + 4_000_000_000))
     (tmp_path / "a.npz").write_bytes(content.getvalue().replace(true, declared))
     with pytest.raises(FormatError, match=r"a\.npy has 4000000000 bytes"):
-        read_npz(tmp_path / "a.npz")
+        read_npz(tmp_path / "a.npz", ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_compressed_array_is_no_larger_than_compression_can_make_it(tmp_path: 
         (("b.npy", npy("(3,)", "<f16")), "must hold arrays of real numbers; b are not"),
         (("b.npy", npy("(6,)", "<c8")), "must hold arrays of real numbers; b are not"),
         (("b.npy", npy("(6,)", "|O")), "it holds Python objects"),
-        (("b.txt", b"hello"), "is not a whole npz file"),
+        (("b.txt", b"hello"), r"has unexpected \['b.txt'\]"),
         (("b.npy", b""), "is not a whole npz file"),
     ],
 )
@@ -91,7 +92,23 @@ def test_members_that_are_no_arrays_of_numbers(tmp_path: Path, member: tuple[str
         file.writestr("a.npy", npy("(12,)"))
         file.writestr(*member)
     with pytest.raises(FormatError, match=rf"a\.npz.*{message}"):
-        read_npz(tmp_path / "a.npz")
+        read_npz(tmp_path / "a.npz", ("a", "b"))
+
+
+def test_other_members_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "a.npz", allow_pickle=True, **ARRAYS, more=np.zeros(10**6))
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_, **__: pytest.fail("a member was opened"))
+    with pytest.raises(FormatError, match=r"a\.npz has unexpected \['more'\]; it may hold \['a', 'b'\]"):
+        read_npz(tmp_path / "a.npz", ("a", "b"))
+
+
+def test_json_of_more_than_any_configuration(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"a": "x" * 9_999_000}))
+    assert len(read_json(tmp_path / "a.json")["a"]) == 9_999_000
+    with (tmp_path / "b.json").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(FormatError, match=r"b\.json is not valid JSON: it has more than 10,000,000 bytes"):
+        read_json(tmp_path / "b.json")
 
 
 WITHOUT_VALUES: dict[str, tuple[Callable[[], Tensor], str]] = {

@@ -25,6 +25,8 @@ from dictlearn.hub.files import Files
 from dictlearn.hub.weights import check_tensors, encoder_sizes, read_npz
 
 WEIGHTS = "params.npz"
+ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+SPELT = {"w_enc": "W_enc", "w_dec": "W_dec"}  # in other files
 SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 REPOSITORY = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)(?![\w-])")
 EMBEDDING = "resid_pre.0"
@@ -44,7 +46,7 @@ class GemmaScope:
 
     def read(self, files: Files, place: str) -> Dictionary:
         path = files.path(posixpath.join(place, WEIGHTS))
-        tensors = {key[:1].upper() + key[1:] if key[:2] == "w_" else key: t for key, t in read_npz(path).items()}
+        tensors = {SPELT.get(key, key): tensor for key, tensor in read_npz(path, (*ARRAYS, *SPELT)).items()}
         d, n = encoder_sizes(path, tensors, "W_enc")
         shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
         check_tensors(path, tensors, shapes)
