@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dictlearn.types import DictlearnError, Site
 
+UNRECORDED = ("x", "y")  # what stands for read and write sites where a dictionary's files do not say them
+
 
 class Refusal(NamedTuple):
     """Readable names that an architecture does not have, always or where its config says so.
@@ -255,6 +257,11 @@ def _module_paths(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _unknown(model: PreTrainedModel, name: str) -> DictlearnError:
+    if name in UNRECORDED:
+        return DictlearnError(
+            "The files of this dictionary do not record a site: give it one after dictlearn.load, as in "
+            "d.reads = d.writes = ('resid_post.2',); dictlearn.hub.save(d, FOLDER) keeps it."
+        )
     config = model.config.get_text_config()
     choices = list(_module_paths(model))
     readable = ""

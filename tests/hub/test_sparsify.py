@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import dictlearn
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.bilinear import Bilinear
 from dictlearn.hub import save
+from dictlearn.lm import LM, load_lm
 from dictlearn.sparsifiers.abs_top_k import AbsTopK
 from dictlearn.sparsifiers.batch_top_k import BatchTopK
 from dictlearn.sparsifiers.group_max import GroupMax
@@ -24,6 +26,13 @@ from dictlearn.types import DictlearnError, FormatError
 from tests.hub.made import made, same
 
 D, N, K = 6, 24, 4
+
+
+@pytest.fixture(scope="module")
+def embedded() -> LM:
+    return load_lm("embedded")
+
+
 CASES: dict[str, dict[str, Any]] = {
     "topk": {},
     "num_latents of 0": {"num_latents": 0, "expansion_factor": 4},
@@ -196,6 +205,55 @@ def test_what_is_written(tmp_path: Path, case: str) -> None:
     torch.testing.assert_close(dictionary.encode(x).double(), latents, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dictionary(x).recon.double(), recon, atol=1e-5, rtol=1e-5)
     same(dictlearn.load(folder), dictionary, atol=1e-5 if dictionary.is_autoencoder else 0.0, lm_name=None)
+
+
+@pytest.mark.parametrize(
+    ("folder", "sites", "lm", "message"),
+    [
+        ("mine", ("resid_post.2", "resid_post.2"), "org/lm", "save it in one named 'layers.2'"),
+        ("layers.3", ("resid_post.2", "resid_post.2"), "gpt2", "save it in one named 'h.2'"),
+        ("layers.2", MLP, "org/lm", "save it in one named 'layers.2.mlp'"),
+        ("mine", ("attn_out.0", "attn_out.0"), "gpt2", "save it in one named 'h.0.attn'"),
+        ("mine", ("embed", "embed"), "org/lm", "save it in one named 'embed_tokens'"),
+        ("mine", ("attn_z.1", "attn_z.1"), "org/lm", "no name does, so the site is lost"),
+        ("mine", ("x", "x"), "org/lm", None),
+        ("h.2", ("resid_post.2", "resid_post.2"), "org/lm", None),
+    ],
+)
+def test_a_folder_that_loses_the_site_is_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    folder: str,
+    sites: tuple[str, str],
+    lm: str,
+    message: str | None,
+) -> None:
+    dictionary = made(TopK(K), sites)
+    dictionary.metadata["lm_name"] = lm
+    save(dictionary, tmp_path / folder, format="sparsify")
+    said = [record.getMessage().rpartition(": ")[2] for record in caplog.records]
+    assert said == ([] if message is None else [f"{message}."])
+    for name in re.findall(r"one named '(.*)'", caplog.text):
+        save(dictionary, tmp_path / name, format="sparsify")
+        loaded = dictlearn.load(tmp_path / name)
+        assert isinstance(loaded, Dictionary)
+        assert (loaded.reads, loaded.writes) == (dictionary.reads, dictionary.writes)
+
+
+def test_a_dictionary_without_a_site_is_given_one(tmp_path: Path, embedded: LM) -> None:
+    save(made(TopK(K), d=(128, 128)), tmp_path / "mine", format="sparsify")
+    dictionary = dictlearn.load(tmp_path / "mine")
+    assert isinstance(dictionary, Dictionary)
+    with pytest.raises(DictlearnError, match="do not record a site"), dictlearn.attach(embedded, dictionary):
+        pass
+    dictionary.reads = dictionary.writes = ("resid_post.1",)
+    with dictlearn.attach(embedded, dictionary) as run:
+        run(torch.tensor([[2, 3, 4]]))
+    assert list(run.latents) == ["resid_post.1"]
+    save(dictionary, tmp_path / "kept")
+    kept = dictlearn.load(tmp_path / "kept")
+    assert isinstance(kept, Dictionary)
+    assert (kept.reads, kept.writes) == (("resid_post.1",), ("resid_post.1",))
 
 
 NOT_WRITTEN: dict[str, tuple[Any, str]] = {

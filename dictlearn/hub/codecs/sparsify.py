@@ -8,6 +8,7 @@ their signs); recon = latents @ W_dec + b_dec + x @ W_skip.T, with the untouched
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from dictlearn.hub.codecs.base import folders_with
 from dictlearn.hub.files import Files
 from dictlearn.hub.origin import modules_of
 from dictlearn.hub.weights import read_json, read_shapes, read_tensors
+from dictlearn.lm.sites import UNRECORDED
 from dictlearn.sparsifiers import Sparsifier
 from dictlearn.sparsifiers.abs_top_k import AbsTopK
 from dictlearn.sparsifiers.group_max import GroupMax
@@ -37,6 +39,8 @@ WRITTEN = {"top_k": "topk", "group_max": "groupmax"}  # sparsifier -> activation
 HOLDS = "sparsify has TopK and group-max autoencoders and transcoders, of one width"
 FLAGS = ("transcode", "skip_connection", "signed")
 ATTENTION = ("self_attn", "attention", "attn")
+ENDS = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".self_attn"}  # of a module's path, by what it writes
+log = logging.getLogger(__name__)
 
 
 class Sparsify:
@@ -85,7 +89,8 @@ class Sparsify:
     def write(self, dictionary: Dictionary, folder: Path) -> None:
         """The folder's name is that of the module there: `layers.3.mlp` has mlp_out.3, and mlp_in.3 in transcoders.
 
-        Signed latents are not written, as current releases would take them for TopK's.
+        Warns where it is not, since the files themselves have no site. Signed latents are not written, as current
+        releases would take them for TopK's.
         """
         d, d_out, W_skip = dictionary.d_in, dictionary.d_out, dictionary.W_skip
         one_width = (d != d_out, f"it reads a width of {d} and writes one of {d_out}")
@@ -93,6 +98,8 @@ class Sparsify:
         transcode, bias = not dictionary.is_autoencoder, dictionary.b_enc
         if not transcode:
             bias = bias + dictionary.b_dec @ dictionary.W_enc
+        if problem := _name_problem(dictionary, folder.absolute().name):
+            log.warning(problem)
         tensors = {"encoder.weight": dictionary.W_enc.T, "encoder.bias": bias}
         tensors |= {"W_dec": dictionary.W_dec, "b_dec": dictionary.b_dec}
         write_tensors(folder / WEIGHTS, tensors if W_skip is None else tensors | {"W_skip": W_skip})
@@ -150,6 +157,20 @@ def _sites(module: str, transcode: bool) -> tuple[str, str]:
     kind, _, number = write.partition(".")
     reads = {"mlp_out": "mlp_in", "attn_out": "attn_in", "resid_post": "resid_pre"}
     return (f"{reads[kind]}.{number}" if kind in reads else "x"), (write if kind in reads else "y")
+
+
+def _name_problem(dictionary: Dictionary, name: str) -> str | None:
+    """What is lost in a folder of this name, and which one to take."""
+    transcode = not dictionary.is_autoencoder
+    sites = (*dictionary.reads, *dictionary.writes)
+    if _sites(name, transcode) == sites or sites[1] in UNRECORDED:
+        return None
+    kind, _, layer = sites[1].partition(".")
+    ours = modules_of(dictionary.metadata.get("lm_name"), sites[1:]).values()
+    names = (*ours, f"layers.{layer}{ENDS.get(kind, '')}", "embed_tokens")
+    named = next((n for n in names if _sites(n, transcode) == sites), None)
+    lost = f"sparsify's files record no site, and a folder named {name!r} does not stand for {sites[1]}"
+    return f"{lost}: " + (f"save it in one named {named!r}" if named else "no name does, so the site is lost") + "."
 
 
 def _itself(site: str, module: str, lm: str | None) -> str:
