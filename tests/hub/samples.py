@@ -22,6 +22,7 @@ from tests.hub import (
     test_gemma_scope,
     test_gemma_scope_2,
     test_llama_scope,
+    test_mats_sae_training,
     test_native,
     test_openmoss,
     test_saelens_legacy,
@@ -101,6 +102,13 @@ def llama_scope() -> Iterator[Sample]:
         yield Sample(partial(test_llama_scope.write, **settings))
 
 
+def mats_sae_training() -> Iterator[Sample]:
+    for name in ("old.pkl.gz", "deep/old.pkl", "old.pt"):
+        write = partial(test_mats_sae_training.write, name=name)
+        yield Sample(write, name, refused=True)
+        yield Sample(write, refused=True)
+
+
 def native() -> Iterator[Sample]:
     for case in ("topk, layer_norm", "jumprelu_skip_transcoder", "dictlearn_linear", "dictlearn_crosscoder"):
         yield Sample(lambda folder, case=case: save(test_native.CASES[case](), folder))
@@ -162,6 +170,7 @@ SAMPLES = {
     "goodfire": list(torch_files("goodfire")),
     "kissane": list(torch_files("kissane")),
     "llama_scope": list(llama_scope()),
+    "mats_sae_training": list(mats_sae_training()),
     "native": list(native()),
     "openai": list(torch_files("openai", "openai v5")),
     "openmoss": list(openmoss()),

@@ -150,7 +150,7 @@ def test_the_class_that_stands_in_only_keeps_values(save: Save, args: tuple[Any,
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"is_transcoder": False}, "cfg.is_transcoder must be True, got False"),
+        ({"is_transcoder": False}, "cfg.is_transcoder=False is not supported because"),
         ({"hook_point": "blocks.8.hook_resid_mid"}, "cfg.hook_point='blocks.8.hook_resid_mid' is not supported"),
         ({"hook_point": None}, "cfg.hook_point=None is not supported"),
         ({"out_hook_point": "blocks.9.hook_mlp_out"}, "cfg.out_hook_point must be blocks.8.hook_mlp_out, got"),

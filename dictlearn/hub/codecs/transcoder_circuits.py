@@ -53,11 +53,11 @@ class TranscoderCircuits:
         return [name for name in names if NAME.fullmatch(posixpath.basename(name))]
 
     def matches(self, files: Files, place: str) -> bool:
-        return {"cfg", "state_dict"} <= set(_read(files.path(place)))
+        return {"cfg", "state_dict"} <= set(read_pickle(files.path(place)))
 
     def read(self, files: Files, place: str) -> Dictionary:
         path = files.path(place)
-        content = _read(path)
+        content = read_pickle(path)
         cfg, w = _attributes(path, content["cfg"]), content["state_dict"]
         if not isinstance(w, Mapping):
             raise FormatError(f"{path}: state_dict must be a mapping, found {type(w).__name__}.")
@@ -78,7 +78,7 @@ class TranscoderCircuits:
         return linear(path, weights, ReLU(l1=0.0), read, write, input_norm="lm_layer_norm", metadata=metadata)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[str, Any]:
     """The mapping in the file. Raises FormatError where code would have to be run."""
     with torch.serialization.safe_globals([(_Attributes, CONFIG_CLASS)]):
         return read_torch(path)
@@ -94,7 +94,11 @@ def _attributes(path: Path, cfg: object) -> Mapping[Any, Any]:
 def _sites(path: Path, cfg: Mapping[Any, Any]) -> tuple[str, str]:
     """The read and the write site: the residual stream that the norm takes, and the output of the same MLP."""
     if cfg.get("is_transcoder") is not True:
-        raise FormatError(f"{path}: cfg.is_transcoder must be True, got {cfg.get('is_transcoder')!r}.")
+        raise FormatError(
+            f"{path}: cfg.is_transcoder={cfg.get('is_transcoder')!r} is not supported because of such pickles only "
+            "transcoders are read, of which there are no other files: let SAELens save an autoencoder as cfg.json "
+            "and sae_weights.safetensors."
+        )
     read, write = cfg.get("hook_point"), cfg.get("out_hook_point")
     found = HOOK.fullmatch(read) if isinstance(read, str) else None
     if found is None:
