@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dictlearn.dictionaries import Dictionary
-from dictlearn.lm import LM, edit, resolve
+from dictlearn.lm import LM, edit, name_of, resolve
 from dictlearn.types import DictlearnError, Site
 
 POLICIES = ("transparent", "frozen_error", "stop")
@@ -74,7 +74,8 @@ def attach(
 
     Args:
         lm: a loaded LM, or the Hugging Face model itself.
-        dictionaries: one, several, or by name; unnamed ones are named by their write site.
+        dictionaries: one, several, or by name; unnamed ones are named by their write site, of several like
+            `resid_post.0-3`.
         positions: where the dictionaries are put in; elsewhere the gradient is the bare model's. None: everywhere.
 
     Raises DictlearnError for an unknown policy, an unknown site, or two dictionaries that write the same site.
@@ -99,11 +100,16 @@ def attach(
 
 def _named(dictionaries: Dictionary | Mapping[str, Dictionary] | Sequence[Dictionary]) -> dict[str, Dictionary]:
     listed = [dictionaries] if isinstance(dictionaries, Dictionary) else dictionaries
-    named = list(listed.items() if isinstance(listed, Mapping) else ((d.writes[0], d) for d in listed))
+    named = list(listed.items() if isinstance(listed, Mapping) else ((_name(d), d) for d in listed))
     written = [site for _, dictionary in named for site in dictionary.writes]
     if len(set(written)) < len(written):
         raise DictlearnError(f"Each write site takes one dictionary, got writes {written}.")
     return dict(named)
+
+
+def _name(dictionary: Dictionary) -> str:
+    """Its write site; of several the name that a run gives it, `resid_post.0-3`."""
+    return dictionary.writes[0] if len(dictionary.writes) == 1 else name_of(dictionary.writes)
 
 
 def _in_turn(

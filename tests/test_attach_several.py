@@ -87,7 +87,9 @@ def test_transparent_has_the_models_gradient(lm: LM, kind: str) -> None:
         metric(run(inputs_embeds=embeddings).logits).backward()
     torch.testing.assert_close(embeddings.grad, clean)
     by_hand = sum(at_site @ dictionary.W_dec[:, place].T for place, at_site in enumerate(at_sites))
-    grad = run.latents[dictionary.writes[0]].grad
+    (name,) = run.latents
+    assert name == {"cross_layer": "mlp_out.0-2", "crosscoder": "resid_post.0-2"}[kind]  # as a run names it
+    grad = run.latents[name].grad
     torch.testing.assert_close(grad, by_hand)
 
 
@@ -108,7 +110,7 @@ def test_stop_passes_nothing(lm: LM) -> None:
         by_hand += at_site @ dictionary.W_dec[:, place].T
     with dictlearn.attach(lm, dictionary, policy="stop") as run:
         metric(run(IDS).logits).backward()
-    torch.testing.assert_close(run.latents["mlp_out.0"].grad, by_hand)
+    torch.testing.assert_close(run.latents["mlp_out.0-2"].grad, by_hand)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -145,7 +147,7 @@ def test_frozen_error_passes_through_the_latents_alone(lm: LM, skip: bool) -> No
     by_layer = [code.grad for code in codes]
     assert all(grad is not None and grad.any() for grad in by_layer[:-1])
     torch.testing.assert_close(
-        run.latents["mlp_out.0"].grad, torch.cat([g for g in by_layer if g is not None], -1), rtol=1e-4, atol=1e-5
+        run.latents["mlp_out.0-2"].grad, torch.cat([g for g in by_layer if g is not None], -1), rtol=1e-4, atol=1e-5
     )
 
 
@@ -168,7 +170,7 @@ def test_positions_limit_where_gradients_are_changed(lm: LM) -> None:
     last[:, -1] = True
     with dictlearn.attach(lm, cross_layer(lm), positions=last) as run:
         metric(run(IDS).logits).backward()
-    grad = run.latents["mlp_out.0"].grad
+    grad = run.latents["mlp_out.0-2"].grad
     assert grad is not None
     assert grad[:, -1].any()
     assert not grad[:, :-1].any()
@@ -178,10 +180,10 @@ def test_a_forward_of_its_own_for_every_text(lm: LM) -> None:
     dictionary = cross_layer(lm)
     with torch.no_grad(), dictlearn.attach(lm, dictionary) as run:
         run(IDS)
-        first = run.latents["mlp_out.0"]
+        first = run.latents["mlp_out.0-2"]
         run(IDS.flip(1))
-        assert run.latents["mlp_out.0"].shape == first.shape
-        assert not torch.equal(run.latents["mlp_out.0"], first)
+        assert run.latents["mlp_out.0-2"].shape == first.shape
+        assert not torch.equal(run.latents["mlp_out.0-2"], first)
         assert not first.requires_grad
         with pytest.raises(DictlearnError, match=r"mlp_out.0 has several sites: call run\(...\)"):
             lm.model(IDS)

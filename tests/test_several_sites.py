@@ -98,7 +98,7 @@ def test_the_numbers_are_those_of_the_reconstructions(name: str, run_dir: Path, 
     assert [by_site[site]["fvu"] for site in dictionary.writes] == pytest.approx(fvus.tolist(), rel=1e-3)
     with torch.no_grad(), dictlearn.attach(lm, dictionary) as run:
         assert torch.equal(run(rows.tokens).logits, clean)
-    torch.testing.assert_close(run.recon[dictionary.writes[0]], recon)
+    torch.testing.assert_close(run.recon[name], recon)
 
 
 def test_evaluate_gives_the_numbers_of_the_training(

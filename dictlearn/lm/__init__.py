@@ -2,7 +2,7 @@
 
 from dictlearn.lm.clean_run import CleanRun, Patched, reached
 from dictlearn.lm.load import LM, find_device, lm_config, load_lm, skeleton
-from dictlearn.lm.sites import file_name, resolve, resolve_pair, site_width
+from dictlearn.lm.sites import file_name, name_of, resolve, resolve_pair, site_width
 from dictlearn.lm.taps import activations, capture, edit, widths
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "find_device",
     "lm_config",
     "load_lm",
+    "name_of",
     "reached",
     "resolve",
     "resolve_pair",

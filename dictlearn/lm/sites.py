@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dictlearn.types import DictlearnError, Site
 
+LONGEST_NAME = 120  # of several sites; longer ones end in a hash
 UNRECORDED = ("x", "y")  # what stands for read and write sites where a dictionary's files do not say them
 
 
@@ -208,6 +211,27 @@ def module_path(family: Family, name: str) -> str | None:
 def file_name(site_name: str) -> str:
     """`site_name` in the letters A-Z a-z 0-9 _ . - ("a.b:in" -> "a.b-in")."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", site_name)
+
+
+def name_of(writes: Sequence[str]) -> str:
+    """Of a dictionary that writes these sites, and of its folder: `resid_post.2`; `resid_post.0-3` for successive
+    layers; else names side by side, `resid_post.0_resid_post.2-3`.
+    """
+    runs: list[tuple[str, int, int]] = []  # kind, first and last layer
+    parts: list[str] = []
+    for name in writes:
+        kind, _, layer = name.rpartition(".")
+        number = int(layer) if layer.isdigit() else -1
+        if number > 0 and parts and runs[-1][0] == kind and runs[-1][2] == number - 1:
+            runs[-1] = (kind, runs[-1][1], number)
+            parts[-1] = f"{kind}.{runs[-1][1]}-{number}"
+        else:
+            runs.append((kind, number, number))
+            parts.append(name)
+    joined = file_name("_".join(parts))
+    if len(joined) <= LONGEST_NAME:
+        return joined
+    return f"{joined[:LONGEST_NAME]}-{blake2b(joined.encode(), digest_size=4).hexdigest()}"
 
 
 def _split(path: str) -> tuple[str, Literal["in", "out"]]:

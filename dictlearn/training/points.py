@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from hydra.utils import get_class
@@ -14,11 +13,9 @@ from transformers import PreTrainedModel
 
 from dictlearn.checks import check_flag
 from dictlearn.config import ConfigError, collect, plain, values_at
-from dictlearn.lm import file_name, resolve_pair
+from dictlearn.lm import file_name, name_of, resolve_pair
 from dictlearn.lm.sites import FAMILIES, KINDS
 from dictlearn.types import DictlearnError, Site
-
-LONGEST_NAME = 120  # of several sites; longer ones end in a hash
 
 OF_ONE_DICTIONARY = (  # what the points of a grid, and the `set` of a dictionary, may change
     "dictionaries",
@@ -315,27 +312,6 @@ def _exists(model: PreTrainedModel, name: str) -> bool:
     except DictlearnError:
         return False
     return True
-
-
-def name_of(writes: Sequence[str]) -> str:
-    """The folder of a dictionary that writes these sites: `resid_post.2`; `resid_post.0-3` for successive layers;
-    else names side by side, `resid_post.0_resid_post.2-3`.
-    """
-    runs: list[tuple[str, int, int]] = []  # kind, first and last layer
-    parts: list[str] = []
-    for name in writes:
-        kind, _, layer = name.rpartition(".")
-        number = int(layer) if layer.isdigit() else -1
-        if number > 0 and parts and runs[-1][0] == kind and runs[-1][2] == number - 1:
-            runs[-1] = (kind, runs[-1][1], number)
-            parts[-1] = f"{kind}.{runs[-1][1]}-{number}"
-        else:
-            runs.append((kind, number, number))
-            parts.append(name)
-    joined = file_name("_".join(parts))
-    if len(joined) <= LONGEST_NAME:
-        return joined
-    return f"{joined[:LONGEST_NAME]}-{blake2b(joined.encode(), digest_size=4).hexdigest()}"
 
 
 def _suffix(values: Mapping[str, Any]) -> str:

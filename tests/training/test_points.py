@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from dictlearn.config import ConfigError
 from dictlearn.lm import skeleton
-from dictlearn.training.points import LONGEST_NAME, entries, expand_sites, name_of, points
+from dictlearn.lm.sites import LONGEST_NAME, name_of
+from dictlearn.training.points import entries, expand_sites, points
 from dictlearn.types import DictlearnError
 from tests.runs import composed
 from tests.tiny_lms import tiny_lm_folder
