@@ -124,30 +124,26 @@ def test_pairs_are_scored_one_by_one(model: GetModel, method: Method) -> None:
         torch.testing.assert_close(own_whole, of_parts.mean(0))
 
 
-class Identity(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 def linear(own: Any) -> None:
     """Make a tiny GPT-2 linear in its activations: no norms, no activation function, attention to all alike."""
     layers = own.transformer.h
     for layer in layers:
-        layer.ln_1, layer.ln_2, layer.mlp.act = Identity(), Identity(), Identity()
+        layer.ln_1, layer.ln_2, layer.mlp.act = nn.Identity(), nn.Identity(), nn.Identity()
         d = layer.attn.embed_dim
         layer.attn.c_attn.weight.data[:, : 2 * d] = 0  # queries and keys
         layer.attn.c_attn.bias.data[: 2 * d] = 0
-    own.transformer.ln_f = Identity()
+    own.transformer.ln_f = nn.Identity()
 
 
-def test_in_a_linear_model_the_gradient_is_exact(tmp_path: Path) -> None:
+def test_in_a_linear_model_every_method_is_exact(tmp_path: Path) -> None:
     own, batch = tiny_model(tmp_path, "gpt2"), some_pairs()
     linear(own)
     dictionaries = some_dictionaries(own)
     exact = node_scores(own, dictionaries, batch, method="exact")
     largest = max(float(nodes.latents.abs().max()) for nodes in exact.values())
     assert largest > 1e-3
-    for method in (Gradient(), IntegratedGradients(2), IntegratedGradients(2, path="inputs")):
+    by_inputs = IntegratedGradients(2, path="inputs")
+    for method in (Gradient(), IntegratedGradients(2), by_inputs, RelP(), RelP(attention=True), CDT()):
         found = node_scores(own, dictionaries, batch, method=method)
         for name in dictionaries:
             for one, other in zip(found[name], exact[name], strict=True):
