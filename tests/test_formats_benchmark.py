@@ -72,7 +72,7 @@ def test_what_differs_and_what_is_refused(
         return json.loads((folder / f"{action}.json").read_text())
 
     monkeypatch.setattr(benchmark, "run_peer", run_here)
-    monkeypatch.setitem(benchmark.FORMATS, "made_up", "sparsify")
+    monkeypatch.setattr(benchmark, "FORMATS", {"made_up": "sparsify"})
     run = ["--peers", "made_up", "--out", str(tmp_path)]
     assert benchmark.main(run) == 1
     rows = {row["kind"]: row for row in json.loads((tmp_path / "peers_formats.json").read_text())["rows"]}
@@ -118,5 +118,20 @@ def test_one_wrong_value_is_the_difference(load: Any) -> None:
 
 def test_a_peer_that_cannot_run_says_why(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = load("peers_formats")
-    assert benchmark.main(["--peers", "missing", "--out", str(tmp_path)]) == 0
+    assert benchmark.main(["--peers", "missing", "--out", str(tmp_path)]) == 1
     assert "missing: ModuleNotFoundError: No module named 'formats_missing'" in capsys.readouterr().out
+    assert not (tmp_path / "peers_formats.json").exists()
+
+
+def test_some_peers_do_not_take_the_place_of_all(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = load("peers_formats")
+    right = {"kind": "TopK", "group": "TopK", "expected": None, benchmark.WE: benchmark.Exchange()}
+    right[benchmark.THEY] = benchmark.Exchange(1e-7)
+    monkeypatch.setattr(benchmark, "exchange", lambda peer, _: [{**right, "peer": peer}])
+    assert benchmark.main(["--peers", "sparsify,saelens", "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "peers_formats.json").exists()
+    assert benchmark.main(["--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "peers_formats.json").read_text())["rows"]
+    assert [row["peer"] for row in rows] == list(benchmark.FORMATS)
