@@ -185,7 +185,7 @@ def test_a_forward_of_its_own_for_every_text(lm: LM) -> None:
         assert run.latents["mlp_out.0-2"].shape == first.shape
         assert not torch.equal(run.latents["mlp_out.0-2"], first)
         assert not first.requires_grad
-        with pytest.raises(DictlearnError, match=r"mlp_out.0 has several sites: call run\(...\)"):
+        with pytest.raises(DictlearnError, match=r"mlp_out.0-2 has several sites: call run\(...\)"):
             lm.model(IDS)
         with pytest.raises(DictlearnError, match="no past_key_values"):
             run(IDS, past_key_values=object())
