@@ -26,6 +26,7 @@ from dictlearn.metrics.ratio import Places, TokenRatio, clustered_stderr
 from dictlearn.types import DictlearnError
 
 NEAR_ZERO = 1e-5  # nats: an ablation that changes less than this is no yardstick
+NOISE = 2.0  # nor one whose change of the loss is less than so many of its standard errors
 Scores = dict[str, TokenRatio]  # `ce`, `kl` and, of reconstructions, `top1`: means over predictions
 
 
@@ -231,10 +232,11 @@ def summary(clean: TokenRatio, runs: Mapping[Kind, Scores]) -> tuple[dict[str, A
         for metric, unpatched, of_kind in (("ce", ce_clean, ce), ("kl", kl_clean, kl)):
             cost, name = of_kind[ablation].minus(unpatched), f"{metric}_recovered_{ablation}"
             found[name] = None
-            if abs(cost.value) < NEAR_ZERO:
-                warnings.append(
-                    f"behaviour.{name} is null: {ablation} ablation changes {metric} by {cost.value:.1e} nats"
-                )
+            noise = float(clustered_stderr(cost.influence, clean.n_rows_seen)) if metric == "ce" else 0.0
+            if abs(cost.value) < max(NEAR_ZERO, NOISE * noise):
+                known = f", and the standard error of that is {noise:.1e}" if noise else ""
+                changes = f"{ablation} ablation changes {metric} by {cost.value:.1e} nats"
+                warnings.append(f"behaviour.{name} is null: {changes}{known}")
                 continue
             found[name] = of_kind[ablation].minus(of_kind["rec"]).over(cost)
             if cost.value < 0:

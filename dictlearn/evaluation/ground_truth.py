@@ -90,7 +90,14 @@ class _Account:
             section["levels"] = [
                 {"level": level, **self._summary(levels == level)} for level in range(int(levels.max()) + 1)
             ]
-        return {"ground_truth": section, "tables": {"features": table}}
+        warnings = []
+        for what in (section, *section.get("levels", ())):
+            if not what["frac_matched"]:
+                what["shrinkage"] = None
+                at = f" at level {what['level']}" if "level" in what else ""
+                why = f"no feature is matched (cosine of {MATCHED} or more){at}"
+                warnings.append(f"ground_truth.shrinkage is null: {why}")
+        return {"ground_truth": section, "warnings": warnings, "tables": {"features": table}}
 
     def _summary(self, which: Bool[Tensor, " n_features"]) -> dict[str, Any]:
         """Of some of the features: shares and means."""

@@ -1,4 +1,4 @@
-"""Whether a released dictionary does here what its release says: its L0 beside the published one."""
+"""Whether a dictionary has the L0 that it should: that of its release, or the target of its training."""
 
 from __future__ import annotations
 
@@ -10,18 +10,33 @@ from dictlearn.choices import is_number
 from dictlearn.evaluation.report import value_at
 
 FAR = 2.0  # times the published L0, or less than it over this
+OFF_TARGET = 1.5  # the same of `target_l0`
 BAD_FVU = 0.5
 
 
 def l0_warnings(report: Mapping[str, Any]) -> list[str]:
-    """A warning, with the likely reason, where the measured L0 is far from the published one."""
-    metadata = report["dictionary"]["metadata"]
-    published, measured = metadata.get("published_l0"), value_at(report, "sparsity.l0.mean")
-    if not is_number(published) or not is_number(measured) or published <= 0:
-        return []
-    if published / FAR <= measured <= published * FAR:
-        return []
-    return [f"L0 is {measured:.3g} here and {published:.3g} as published: {_reason(report, metadata)}"]
+    """Warnings, with the likely reason, where the measured L0 is far from the published one or the target."""
+    metadata, measured = report["dictionary"]["metadata"], value_at(report, "sparsity.l0.mean")
+    found = []
+    if _far(measured, published := metadata.get("published_l0"), FAR):
+        found.append(f"L0 is {measured:.3g} here and {published:.3g} as published: {_reason(report, metadata)}")
+    if _far(measured, target := _target(report), OFF_TARGET):
+        more = "train longer, or with a larger sparsifier.coefficient"
+        found.append(f"L0 is {measured:.3g} and sparsifier.target_l0 aims at {target:.3g}: {more}")
+    return found
+
+
+def _far(measured: Any, wanted: Any, factor: float) -> bool:
+    if not is_number(wanted) or not is_number(measured) or wanted <= 0:
+        return False
+    return not wanted / factor <= measured <= wanted * factor
+
+
+def _target(report: Mapping[str, Any]) -> float | None:
+    """The L0 that the penalty of its training aims at, in all layers together."""
+    target = value_at(report, "dictionary.metadata.trained_as.sparsifier.target_l0")
+    layered = value_at(report, "dictionary.metadata.trained_as.dictionary") == "cross_layer"
+    return target * len(report["dictionary"]["reads"]) if layered and is_number(target) else target
 
 
 def _reason(report: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:

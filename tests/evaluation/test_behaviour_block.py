@@ -37,6 +37,13 @@ def run(lm: LM, tokens: Tensor, dictionary: Dictionary, n_tokens: int = 10_000, 
     return Behaviour(n_tokens).run(context_of(lm, tokens, {"x": dictionary}, **options))["x"]["behaviour"]
 
 
+@pytest.fixture(autouse=True)
+def all_yardsticks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random LM of twelve rows: most changes of its loss are noise."""
+    if request.function is not test_an_ablation_within_its_noise_is_no_yardstick:
+        monkeypatch.setattr(behaviour_module, "NOISE", 0.0)
+
+
 def masks(tokens: Tensor) -> dict[str, Tensor]:
     holes = tokens != 0
     holes[:, 7:9] = False
@@ -277,6 +284,23 @@ def test_an_ablation_that_changes_nothing_is_no_yardstick(lm: LM, tokens: Tensor
     names = [f"{metric}_recovered_{way}" for way in ("zero", "mean") for metric in ("ce", "kl")]
     assert [sections["behaviour"][name] for name in names] == [None] * 4
     assert [warning.split()[0] for warning in sections["warnings"]] == [f"behaviour.{name}" for name in names]
+
+
+def test_an_ablation_within_its_noise_is_no_yardstick(lm: LM, tokens: Tensor) -> None:
+    """delta CE of the zero predictor is what zero ablation changes, so its standard error is that of the change."""
+    seen = set()
+    for site in ("resid_post.1", "attn_out.1", "mlp_out.0"):
+        for mask in masks(tokens).values():
+            context = context_of(lm, tokens, {"x": constant(torch.zeros(D_MODEL), site)}, mask=mask)
+            sections = Behaviour().run(context)["x"]
+            got = sections["behaviour"]
+            noisy = abs(got["delta_ce"]) < 2 * got["stderr"]["delta_ce"]
+            assert (got["ce_recovered_zero"] is None) == (got["stderr"]["ce_recovered_zero"] is None) == noisy
+            said = f"nats, and the standard error of that is {got['stderr']['delta_ce']:.1e}"
+            assert any(said in w and "ce_recovered_zero is null" in w for w in sections["warnings"]) == noisy
+            assert got["kl_recovered_zero"] == 0
+            seen.add(noisy)
+    assert seen == {True, False}
 
 
 def test_an_ablation_that_helps_is_pointed_out(lm: LM, tokens: Tensor) -> None:

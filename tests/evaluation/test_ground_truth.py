@@ -141,6 +141,11 @@ def test_levels_of_a_hierarchy_are_told_apart() -> None:
     assert [level["n_features"] for level in found["levels"]] == [6, 24]
     assert [level["frac_matched"] for level in found["levels"]] == [1, 0]
     assert found["frac_matched"] == pytest.approx(6 / 30)
+    assert found["levels"][1]["shrinkage"] is None
+    sections = GroundTruth().run(planted_context(planted, {"a": true_dictionary(planted, torch.arange(6))}))["a"]
+    assert sections["warnings"] == [
+        "ground_truth.shrinkage is null: no feature is matched (cosine of 0.95 or more) at level 1"
+    ]
 
 
 def test_an_absorbed_parent_loses_recall() -> None:

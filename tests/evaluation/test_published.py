@@ -52,6 +52,26 @@ def test_the_likely_reason(given: dict[str, Any], reason: str) -> None:
     assert re.search(reason, warning), warning
 
 
+@pytest.mark.parametrize(
+    ("measured", "kind", "warns"),
+    [
+        (105.0, "linear", True),
+        (25.0, "linear", True),
+        (23.0, "linear", False),
+        (10.0, "linear", True),
+        (11.0, "linear", False),
+        (45.0, "cross_layer", False),
+        (21.0, "cross_layer", True),
+        (None, "linear", False),
+    ],
+)
+def test_an_l0_far_from_its_target(measured: float | None, kind: str, warns: bool) -> None:
+    given = report(measured, trained_as={"dictionary": kind, "sparsifier": {"target_l0": 16}}, published_l0=None)
+    given["dictionary"]["reads"] = ["mlp_in.0", "mlp_in.1"]
+    said = [w for w in l0_warnings(given) if re.search(r"target_l0 aims at (16|32): train longer, or with a", w)]
+    assert bool(said) == warns == bool(l0_warnings(given))
+
+
 def test_it_is_in_the_report(lm: LM, tokens: Tensor, tmp_path: Path) -> None:
     """relu(x) and relu(-x) of 16 dimensions: 16 latents fire on every token."""
     near, far = autoencoder(), autoencoder()
