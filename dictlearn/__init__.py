@@ -28,3 +28,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dictlearn' has no attribute {name!r}")
     module, door = _DOORS[name]
     return getattr(import_module(module), door)
+
+
+def __dir__() -> tuple[str, ...]:
+    return (*__all__,)

@@ -78,6 +78,12 @@ def test_the_layer_test_sees_imports() -> None:
     assert imported(tree) == {"hub", "lm"}
 
 
+def test_the_doors_are_listed() -> None:
+    code = "import dictlearn; print(dir(dictlearn))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"attach", "list", "load", "push"} <= set(ast.literal_eval(out.stdout))
+
+
 def test_import_dictlearn_is_light() -> None:
     code = "import sys, dictlearn; print([m for m in ('torch', 'transformers', 'lightning') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -68,9 +68,10 @@ def run_evaluation(cfg: DictConfig, console: Console) -> Results:
         warnings={name: _other_lm(d, lm.name) for name, d in plan.dictionaries.items()},
     )
     out = Path(cfg.out)
-    return evaluate_and_show(
-        context, plan.blocks, {name: out / name for name in plan.places}, out / "plots", console
-    )
+    folders = {name: out / name for name in plan.places}
+    results = evaluate_and_show(context, plan.blocks, folders, out / "plots", console)
+    console.print(f"Reports: {out}", soft_wrap=True)
+    return results
 
 
 def problems(cfg: DictConfig) -> list[str]:

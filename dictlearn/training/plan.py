@@ -114,6 +114,9 @@ def show(planned: Plan, cfg: DictConfig, console: Console) -> None:
         del rows["disk: activations of data.store"], rows["memory: parts of data.store"]
     if not planned.token_disk:
         del rows["disk: token rows"]
+    if cfg.lm.name is None:  # activations are drawn
+        del rows["memory: LM"]
+        rows["time, roughly"] = f"{_duration(own_seconds)} in the dictionaries, without drawing and evaluation"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
