@@ -42,6 +42,7 @@ def plot_circuits(report: Mapping[str, Any], png: Path) -> Path:
         ax.set_ylabel("faithfulness")
         ax.set_title(task, fontsize="small")
     legend_beside(figure, _handles(axes))
+    png.parent.mkdir(parents=True, exist_ok=True)
     return save_plot(figure, table, png)
 
 
@@ -95,4 +96,5 @@ def plot_sweep(table: pd.DataFrame, png: Path, size: int = 100) -> Path:
             ax.set_ylabel(f"faithfulness at {size} nodes")
             ax.set_title(task, fontsize="small")
     legend_beside(figure, axes[0].lines)
+    png.parent.mkdir(parents=True, exist_ok=True)
     return save_plot(figure, table, png)

@@ -17,7 +17,12 @@ def refused(*overrides: str) -> list[str]:
 
 def test_blocks_are_built_in_order_with_their_arguments() -> None:
     blocks = build_blocks(composed("evaluate", ["evaluation.blocks.behaviour.n_tokens=7"]).evaluation)
-    assert [type(block).__name__ for block in blocks.values()] == ["Reconstruction", "GroundTruth", "Behaviour"]
+    assert [type(block).__name__ for block in blocks.values()] == [
+        "Reconstruction",
+        "GroundTruth",
+        "Behaviour",
+        "Circuits",
+    ]
     assert list(blocks) == ["reconstruction", "ground_truth", "behaviour"]
     assert getattr(blocks["behaviour"], "n_tokens", None) == 7
     blocks = build_blocks(composed("evaluate", ["~evaluation.blocks.behaviour"]).evaluation)

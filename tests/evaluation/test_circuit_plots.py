@@ -42,9 +42,9 @@ def test_the_table_has_every_point_of_every_curve(tmp_path: Path) -> None:
     assert len(table) == 2 * 3 * 4
     chosen = table[(table.task == "ioi") & (table.cut == "dictionaries") & (table.errors == "kept")]
     assert chosen.faithfulness.tolist() == [0.0, pytest.approx(0.3), 0.7, 1.0]
-    png = plot_circuits(own, tmp_path / "a_circuits.png")
+    png = plot_circuits(own, tmp_path / "plots" / "a_circuits.png")
     assert png.stat().st_size > 5_000
-    assert len(pd.read_csv(tmp_path / "a_circuits.csv")) == len(table)
+    assert len(pd.read_csv(tmp_path / "plots" / "a_circuits.csv")) == len(table)
 
 
 def test_a_sweep_is_of_dictionaries_measured_alone(tmp_path: Path) -> None:
@@ -59,5 +59,5 @@ def test_a_sweep_is_of_dictionaries_measured_alone(tmp_path: Path) -> None:
     assert table.fvu.tolist() == [1 / 8, 1 / 8, 1 / 16, 1 / 16]
     assert table["faithfulness_at_100"].tolist() == [1.0, 1.0, 1.1, 1.1]
     assert "curve" not in table
-    assert plot_sweep(table, tmp_path / "sweep.png").exists()
+    assert plot_sweep(table, tmp_path / "new" / "sweep.png").exists()
     assert len(sweep_table({"x": reports["x"]})) == 0
