@@ -23,10 +23,10 @@ def test_blocks_are_built_in_order_with_their_arguments() -> None:
         "Behaviour",
         "Circuits",
     ]
-    assert list(blocks) == ["reconstruction", "ground_truth", "behaviour"]
+    assert list(blocks) == ["reconstruction", "ground_truth", "behaviour", "circuits"]
     assert getattr(blocks["behaviour"], "n_tokens", None) == 7
     blocks = build_blocks(composed("evaluate", ["~evaluation.blocks.behaviour"]).evaluation)
-    assert list(blocks) == ["reconstruction", "ground_truth"]
+    assert list(blocks) == ["reconstruction", "ground_truth", "circuits"]
 
 
 @pytest.mark.parametrize(
