@@ -20,17 +20,17 @@ import torch
 from hardware import hardware
 from torch import Tensor
 
+from dictlearn.circuits.decomposition import Decomposition, contributions, decompose, latent_reader, logit_reader
+from dictlearn.circuits.dictionary_maps import decoder_rows
 from dictlearn.circuits.heads import exact_head_effects
 from dictlearn.circuits.pairs import NONE, PairBatch
 from dictlearn.circuits.paths import greedy_paths
-from dictlearn.circuits.prompt import Prompt, contributions, latent_reader, logit_reader, take_apart
 from dictlearn.circuits.weights import (
     LinearMaps,
     de_embedding,
-    decoder_directions,
     encoder_directions,
     linear_maps,
-    logit_weights,
+    logit_effects,
     through_heads,
 )
 from dictlearn.dictionaries import Dictionary
@@ -127,11 +127,11 @@ def ranges(active: Tensor) -> str:
     return " ".join(f"{first:02}" if first == last else f"{first:02}-{last:02}" for first, last in runs)
 
 
-def latents(maps: LinearMaps, prompted: list[Prompt], layer: int, best: list[int], halves: Tensor) -> pd.DataFrame:
+def latents(
+    maps: LinearMaps, prompted: list[Decomposition], layer: int, best: list[int], halves: Tensor
+) -> pd.DataFrame:
     """When latents of largest variance are active, and what they promote."""
-    promoted = logit_weights(
-        maps, decoder_directions(prompted[0].transcoders[layer].dictionary, torch.tensor(best))
-    )
+    promoted = logit_effects(maps, decoder_rows(prompted[0].transcoders[layer].dictionary, torch.tensor(best)))
     rows = []
     for i, latent in enumerate(best):
         acts = torch.stack([prompt.transcoders[layer].latents[END, latent] for prompt in prompted])
@@ -149,7 +149,12 @@ def latents(maps: LinearMaps, prompted: list[Prompt], layer: int, best: list[int
 
 
 def pulled_back(
-    maps: LinearMaps, prompted: list[Prompt], layer: int, best: list[int], halves: Tensor, head: tuple[int, int]
+    maps: LinearMaps,
+    prompted: list[Decomposition],
+    layer: int,
+    best: list[int],
+    halves: Tensor,
+    head: tuple[int, int],
 ) -> pd.DataFrame:
     """Latents pulled back through the head to the year's token: rank correlations over the years of their
     activation with the year's own embedding and with what MLP 0 writes there; and the latent of MLP 0 that adds
@@ -158,7 +163,7 @@ def pulled_back(
     first, own = prompted[0].transcoders[0].dictionary, prompted[0].transcoders[layer].dictionary
     pulled = through_heads(maps, head[0], encoder_directions(maps, own, torch.tensor(best)))[:, head[1]]
     tokens = de_embedding(maps, pulled)[:, halves[list(YEARS)]]
-    virtual = pulled @ decoder_directions(first).to(pulled).T  # [n, n_latents of MLP 0]
+    virtual = pulled @ decoder_rows(first).to(pulled).T  # [n, n_latents of MLP 0]
     early = torch.stack([prompt.transcoders[0].latents[YY] for prompt in prompted])
     written = torch.stack([prompt.mlp_out[0][YY] for prompt in prompted]) @ pulled.T
     rows = []
@@ -180,7 +185,7 @@ def pulled_back(
     return pd.DataFrame(rows)
 
 
-def bringers(prompted: list[Prompt], layer: int, best: list[int], n_shown: int = 12) -> pd.DataFrame:
+def bringers(prompted: list[Decomposition], layer: int, best: list[int], n_shown: int = 12) -> pd.DataFrame:
     """What of the latents' variance over the years each source of their pre-activations brings: its covariance
     with the pre-activation as a share of the variance. Of each latent the shares of all sources add up to 1; here
     are the `n_shown` that bring most, as the mean, the lowest and the highest of the latents.
@@ -223,7 +228,7 @@ def replaced(ours: Parts, layer: int) -> dict[str, Any]:
     }
 
 
-def paths(prompt: Prompt, layer: int, latent: int, year: int, halves: Tensor) -> dict[str, pd.DataFrame]:
+def paths(prompt: Decomposition, layer: int, latent: int, year: int, halves: Tensor) -> dict[str, pd.DataFrame]:
     """Of a latent, and of the mean logit of later halves minus that of the others."""
     weights = torch.zeros(len(prompt.maps.unembedding))
     weights[halves[year + 1 :]] = 1 / (99 - year)
@@ -252,7 +257,7 @@ def main() -> None:
     ours = Parts(lm, batch, layer, loaded[f"mlp_out.{layer}"])
     neurons = Parts(lm, batch, layer, None)
     maps = linear_maps(lm.model)
-    prompted = [take_apart(maps, dict(loaded), row[None]) for row in batch.clean]
+    prompted = [decompose(maps, dict(loaded), row[None]) for row in batch.clean]
     best = ours.order[:6].tolist()
     prompt = prompted[YEARS.index(arguments.year)]
     shown = max(best, key=lambda latent: float(prompt.transcoders[layer].latents[END, latent]))

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dictlearn.circuits.intervene import intervene
+    from dictlearn.circuits.intervention_run import intervene
     from dictlearn.circuits.interventions import Ablate, Scale, Set, Steer
     from dictlearn.hub import list_dictionaries as list
     from dictlearn.hub import load
@@ -22,7 +22,7 @@ _DOORS = {
     "Set": ("dictlearn.circuits.interventions", "Set"),
     "Steer": ("dictlearn.circuits.interventions", "Steer"),
     "attach": ("dictlearn.splice", "attach"),
-    "intervene": ("dictlearn.circuits.intervene", "intervene"),
+    "intervene": ("dictlearn.circuits.intervention_run", "intervene"),
     "list": ("dictlearn.hub", "list_dictionaries"),
     "load": ("dictlearn.hub", "load"),
     "push": ("dictlearn.hub.publish", "push"),

@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 
 from dictlearn.checks import check_count
 from dictlearn.circuits.cuts import Cut
+from dictlearn.circuits.dictionary_maps import check_linear, decoder_rows, encoder_columns, token_norm
 from dictlearn.circuits.freeze import recorded
 from dictlearn.circuits.heads import CHUNK
-from dictlearn.circuits.parts import n_layers
+from dictlearn.circuits.parts import layer_at
 from dictlearn.circuits.weights import Attention, LinearMaps, Norm
 from dictlearn.dictionaries import Dictionary
-from dictlearn.dictionaries._input_norm import normed
 from dictlearn.lm import activations, resolve
 from dictlearn.types import DictlearnError, SparseLatents, TokenIds
 
@@ -101,20 +101,14 @@ def heads_read(model: PreTrainedModel, dictionary: Dictionary) -> tuple[int, str
 
     Raises DictlearnError for another read site, several ones, and an encoder that is not linear.
     """
-    if dictionary.site_axis or not dictionary.linear_encoder:
+    check_linear(dictionary, "Direct feature attribution needs")
+    found = layer_at(model, resolve(model, dictionary.reads[0]), HEADS)
+    if found is None:
         raise DictlearnError(
-            "Direct feature attribution needs a linear encoder of one read site, not that of a "
-            f"{type(dictionary).__name__} that reads {', '.join(dictionary.reads)}."
+            "Direct feature attribution needs a dictionary that reads what heads write, at attn_z.L or attn_out.L; "
+            f"got one that reads {dictionary.reads[0]}."
         )
-    wanted = resolve(model, dictionary.reads[0])
-    for kind in HEADS:
-        for layer in range(n_layers(model)):
-            if resolve(model, f"{kind}.{layer}")[1:] == wanted[1:]:
-                return layer, kind
-    raise DictlearnError(
-        "Direct feature attribution needs a dictionary that reads what heads write, at attn_z.L or attn_out.L; got "
-        f"one that reads {dictionary.reads[0]}."
-    )
+    return found
 
 
 @torch.no_grad()
@@ -193,8 +187,9 @@ def recursive_feature_attribution(
     def arrived(along: Float[Tensor, "rows n_latents n_heads ctx"]) -> ByHeadAndSource:
         return torch.einsum("bphs,bnhs->bpnhs", found.flow, along)
 
-    rows, which = _rows_of(cut, code)
-    along = torch.einsum("rd,nhd->rnh", rows.to(like), folded)[which]  # [nnz, n_latents, n_heads]
+    stored, which = code.indices.unique(return_inverse=True)
+    rows = decoder_rows(stream, stored).to(like)
+    along = torch.einsum("rd,nhd->rnh", rows, folded)[which]  # [nnz, n_latents, n_heads]
     token = _tokens(code)
     row, source = token // ids.shape[1], token % ids.shape[1]
     sent = code.values.to(like) * inverse[row, source]
@@ -278,7 +273,8 @@ def _heads_on(
     def inverse(norm: Norm) -> Float[Tensor, "rows ctx 1"]:
         return torch.ones_like(source[..., :1]) if norm.module is None else frozen.scales[norm.module].to(source)
 
-    columns, scale = (part.to(source) for part in _columns(dictionary, acts[read.name], chosen))
+    columns = encoder_columns(dictionary, chosen).to(source)
+    scale = 1 / token_norm(dictionary, acts[read.name]).divisor.to(source)
     bias = dictionary.b_enc[chosen].to(source).expand(*ids.shape, -1)
     if kind == "attn_z":
         directions = columns.unflatten(-1, (len(own.W_O), -1))
@@ -290,28 +286,6 @@ def _heads_on(
     pattern = frozen.patterns[model.get_submodule(attn_in.module)].to(source)
     flow = (pattern * scale.unsqueeze(1))[:, :, places].transpose(1, 2)
     return _Heads(own, chosen, places, directions, flow, values, bias[:, places], inverse(own.norm), acts)
-
-
-def _columns(
-    dictionary: Dictionary, x: Float[Tensor, "rows ctx d"], latents: Int[Tensor, " n"]
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "rows ctx 1"]]:
-    """What the encoder takes the product of raw `x` with, and what it then multiplies each token by.
-
-    An input norm takes off the mean or nothing, and taking it off the column is the same; its divisor is frozen.
-    """
-    columns = dictionary.flat_W_enc.T[latents].detach() * dictionary.read_scale
-    if dictionary.input_norm == "none":
-        return columns, torch.ones_like(x[..., :1])
-    norm = normed(dictionary.input_norm, x.to(columns.dtype))
-    return columns - normed(dictionary.input_norm, columns).shift, 1 / norm.divisor
-
-
-def _rows_of(cut: Cut, code: SparseLatents) -> tuple[Float[Tensor, "n_unique d"], Int[Tensor, " nnz"]]:
-    """What each latent that is stored writes at a value of 1, and which of these each stored one is."""
-    unique, which = code.indices.unique(return_inverse=True)
-    offsets = torch.arange(len(unique) + 1, device=unique.device)
-    ones = SparseLatents(code.values.new_ones(len(unique)), unique, offsets, code.n_latents)
-    return cut.written(ones).squeeze(-2), which
 
 
 def _tokens(code: SparseLatents) -> Int[Tensor, " nnz"]:

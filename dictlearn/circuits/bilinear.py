@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dictlearn.circuits.dictionary_maps import decoder_rows
 from dictlearn.circuits.parts import widened
-from dictlearn.circuits.weights import decoder_directions
 from dictlearn.dictionaries.bilinear import Bilinear
 from dictlearn.types import DictlearnError, Scalar
 
@@ -72,7 +72,7 @@ def output_form(
     Exact for an input whose active latents these are, where active latents are their pre-activations (ReLU, TopK).
     """
     _check(dictionary)
-    weights = decoder_directions(dictionary)
+    weights = decoder_rows(dictionary)
     weights = weights @ direction.to(weights)  # [n_latents]
     if latents is not None:
         weights = torch.zeros_like(weights).index_copy(0, latents, weights[latents])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dictlearn.checks import check_count
 from dictlearn.circuits.attention_latents import ByHead, direct_feature_attribution, head_attribution, heads_read
 from dictlearn.circuits.heads import CHUNK, n_heads
-from dictlearn.circuits.parts import n_layers, parts_of
+from dictlearn.circuits.parts import layer_at, n_layers, parts_of
 from dictlearn.circuits.surgery import attention
 from dictlearn.circuits.weights import LinearMaps
 from dictlearn.dictionaries import Dictionary
@@ -217,8 +217,7 @@ def _shares(weights: Float[Tensor, "n_latents d"], heads: int) -> ByHead:
 
 
 def _check_z(model: PreTrainedModel, dictionary: Dictionary, sites: Sequence[str], part: str) -> None:
-    found = [resolve(model, f"attn_z.{layer}")[1:] for layer in range(n_layers(model))]
-    if dictionary.site_axis or resolve(model, sites[0])[1:] not in found:
+    if dictionary.site_axis or layer_at(model, resolve(model, sites[0]), ("attn_z",)) is None:
         raise DictlearnError(
             f"Shares of heads in the {part} need a dictionary with attn_z.L there, where heads stand side by side, "
             f"got {', '.join(sites)}."

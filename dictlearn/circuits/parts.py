@@ -6,6 +6,7 @@ linear, a norm, an activation, or nothing but a container of those.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dictlearn.lm import resolve
 from dictlearn.lm.sites import FAMILIES
-from dictlearn.types import DictlearnError
+from dictlearn.types import DictlearnError, Site
 
 LINEAR = (nn.Linear, Conv1D, nn.Embedding, nn.Dropout, nn.Identity)  # dropout does nothing in eval mode
 GAINS = {  # of an RMS norm, as its class keeps it: the weight itself, or what is added to one
@@ -30,6 +31,7 @@ GAINS = {  # of an RMS norm, as its class keeps it: the weight itself, or what i
     "Gemma2RMSNorm": 1.0,
     "Gemma3RMSNorm": 1.0,
 }
+STREAM = ("mlp_in", "resid_mid", "resid_pre", "resid_post")  # where the stream is read, mlp_in behind a norm
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are
 
 
@@ -81,6 +83,17 @@ def n_layers(model: PreTrainedModel) -> int:
 def modules_at(model: PreTrainedModel, kind: str, layer: int) -> nn.Module:
     """The module of a readable site ("attn_in" has the attention, "attn_z" its output projection)."""
     return model.get_submodule(resolve(model, f"{kind}.{layer}").module)
+
+
+def layer_at(model: PreTrainedModel, site: Site, kinds: Sequence[str]) -> tuple[int, str] | None:
+    """The layer of a site, by whichever name, and which of `kinds` it is; None if it is none of them."""
+    for layer in range(n_layers(model)):
+        for kind in kinds:
+            if kind == "resid_mid" and is_parallel(model):
+                continue
+            if resolve(model, f"{kind}.{layer}")[1:] == site[1:]:
+                return layer, kind
+    return None
 
 
 def output_weight(model: PreTrainedModel, layer: int) -> Float[Tensor, "heads d"]:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from dictlearn.checks import check_count
-from dictlearn.circuits.prompt import Prompt, Reader, Source, behind, contributions
+from dictlearn.circuits.decomposition import Decomposition, Reader, Source, behind, contributions
 
 REST = {"attn_bias": "bias", "dec_bias": "bias", "bias": "bias", "error": "error", "skip": "skip"}
 ROOT = "root"
@@ -48,7 +48,7 @@ class Branch:
         return str(self.sources[-1]) if self.sources else ROOT
 
 
-class Graph(NamedTuple):
+class PathGraph(NamedTuple):
     """Paths merged where they meet.
 
     `nodes`: node, attribution (over all paths through it), kind, layer, index, position, source.
@@ -79,7 +79,7 @@ class Paths(NamedTuple):
         found["share"] = found.attribution / self.value
         return found
 
-    def graph(self) -> Graph:
+    def graph(self) -> PathGraph:
         """The paths merged: a source is one node, whichever paths lead to it."""
         nodes: dict[str, Source | None] = {}
         values: dict[str, float] = defaultdict(float)
@@ -98,11 +98,13 @@ class Paths(NamedTuple):
             for name, source in nodes.items()
         ]
         links = [(parent, child, value) for (parent, child), value in edges.items()]
-        return Graph(pd.DataFrame(found), pd.DataFrame(links, columns=["parent", "child", "attribution"]))
+        return PathGraph(pd.DataFrame(found), pd.DataFrame(links, columns=["parent", "child", "attribution"]))
 
 
 @torch.no_grad()
-def greedy_paths(prompt: Prompt, root: Reader, n_paths: int = 10, depth: int = 3, n_special: int = 0) -> Paths:
+def greedy_paths(
+    prompt: Decomposition, root: Reader, n_paths: int = 10, depth: int = 3, n_special: int = 0
+) -> Paths:
     """The paths of the largest contributions to `root`.
 
     At each step all paths kept at the last one are followed back to all of their sources, and of all sources
@@ -132,7 +134,7 @@ def greedy_paths(prompt: Prompt, root: Reader, n_paths: int = 10, depth: int = 3
     return Paths(value, branches)
 
 
-def _followed(prompt: Prompt, branch: Branch, n_special: int) -> list[Branch]:
+def _followed(prompt: Decomposition, branch: Branch, n_special: int) -> list[Branch]:
     """The sources of a branch that can be kept, all of them `pruned` at first; its rest has the others."""
     assert branch.reader is not None
     branch.rest["pruned"] = 0.0

@@ -12,6 +12,8 @@ paths.py puts both together on a prompt.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,10 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dictlearn.circuits.dictionary_maps import LatentIds, check_linear, decoder_rows, encoder_columns
 from dictlearn.circuits.parts import (
     GAINS,
+    STREAM,
     is_norm,
     is_parallel,
+    layer_at,
     modules_at,
     n_layers,
     output_weight,
@@ -31,20 +36,19 @@ from dictlearn.circuits.parts import (
 )
 from dictlearn.circuits.surgery import attention
 from dictlearn.dictionaries import Dictionary
-from dictlearn.dictionaries._input_norm import centred, undone
+from dictlearn.dictionaries._input_norm import undone
 from dictlearn.lm import resolve
 from dictlearn.lm.taps import activations, capture, edit
 from dictlearn.types import DictlearnError, Site
 
 Directions = Float[Tensor, "n d"]
-LatentIds = Int[Tensor, " n"]
 CHUNK = 4096  # tokens embedded at once
 
 
 class Norm(NamedTuple):
     """gain * (x - mean x, where centred) / denominator + bias: what of a norm does not depend on the input.
 
-    `module`: of the language model; None where nothing stands there, or a dictionary's own norm.
+    `module`: of the language model; None where nothing stands there.
     """
 
     gain: Float[Tensor, " d"]
@@ -80,7 +84,7 @@ class Place(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Where a dictionary reads the stream, and the norm it reads through: the model's, its own, or none."""
+    """Where a dictionary reads the stream, and the model's norm that it reads through, if any."""
 
     place: Place
     norm: Norm
@@ -107,8 +111,8 @@ class LinearMaps(NamedTuple):
 
 @torch.no_grad()
 def linear_maps(model: PreTrainedModel) -> LinearMaps:
-    """The linear maps of `model`, found by two forwards: which norm stands before which module, and what values are
-    of each input alone, so that fused and grouped projections need no care.
+    """The linear maps of `model`, found by two forwards: which norm stands before which module, and the gradients
+    of values, which are exactly their weights, so that fused and grouped projections need no care.
 
     Raises DictlearnError for a family or a module that is not known, in training mode, and where norms stand on the
     residual stream itself (opt-350m).
@@ -181,23 +185,39 @@ def _norms_before(model: PreTrainedModel) -> dict[str, nn.Module | None]:
 
 
 def _values(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
-    """W_V `[n_heads, d, d_head]` and b_V of each layer: its values on each unit vector, and on zero."""
-    d = model.config.get_text_config().hidden_size
+    """W_V `[n_heads, d, d_head]` and b_V of each layer: the gradients of its values, and its values on zero."""
     found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def units(act: Tensor) -> Tensor:
-        return torch.eye(d + 1, d, dtype=act.dtype, device=act.device)[:, None]
-
     def mix(module: nn.Module, pattern: Tensor, value: Tensor) -> Tensor:
-        value = widened(value[:, :, 0])  # [d + 1, n_heads, d_head]
-        found[module] = (value[:d] - value[d]).transpose(0, 1), value[d]
-        return torch.zeros_like(pattern @ value.to(pattern.dtype)[:, :, None])
+        own = value[0, :, 0]  # [n_heads, d_head]
+        W_V = _gradients(own.flatten(), leaves[-1]).unflatten(0, own.shape)
+        found[module] = W_V.transpose(1, 2), widened(own.detach())
+        return torch.zeros_like(pattern @ value)
 
     sites = [resolve(model, f"attn_in.{layer}") for layer in range(n_layers(model))]
-    with attention(model, mix), edit(model, dict.fromkeys(sites, units)):
-        ids = torch.zeros(d + 1, 1, dtype=torch.int64, device=model.device)
-        model.base_model(input_ids=ids, use_cache=False)
+    with attention(model, mix), _zeros_at(model, sites) as leaves:
+        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return [found[module] for module in parts_of(model).attentions]
+
+
+@contextmanager
+def _zeros_at(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[list[Tensor]]:
+    """Leaves that are zero in place of the activations at sites, in the order in which they are reached."""
+    leaves: list[Tensor] = []
+
+    def zeros(act: Tensor) -> Tensor:
+        leaves.append(torch.zeros_like(act).requires_grad_())
+        return leaves[-1]
+
+    with torch.inference_mode(mode=False), torch.enable_grad(), edit(model, dict.fromkeys(sites, zeros)):
+        yield leaves
+
+
+def _gradients(values: Float[Tensor, " n"], leaf: Float[Tensor, "1 1 d"]) -> Float[Tensor, "n d"]:
+    """Of `values`, linear in `leaf`: exactly its weights, which values in bfloat16 have lost some digits of."""
+    ones = torch.eye(len(values), dtype=values.dtype, device=values.device)
+    (found,) = torch.autograd.grad(values, leaf, ones, is_grads_batched=True)
+    return widened(found[:, 0, 0])
 
 
 # -- dictionaries in the stream --
@@ -209,23 +229,17 @@ def reading(maps: LinearMaps, dictionary: Dictionary) -> Reading:
     Raises DictlearnError unless it has a linear encoder of one site, which is mlp_in or a point of the residual
     stream before it (resid_mid, resid_pre, resid_post), and no norm but the language model's.
     """
-    if not dictionary.linear_encoder or dictionary.site_axis:
-        raise DictlearnError(
-            f"Weights of latents are for linear encoders of one site, not for {type(dictionary).__name__}; those "
-            "of Bilinear are quadratic: see dictlearn.circuits.bilinear."
-        )
+    check_linear(dictionary, "Weights of latents need")
     if undone(dictionary.input_norm):
         raise DictlearnError(
             "Weights of latents need an input_norm that is not undone (none, rms_norm, lm_layer_norm), got "
             f"{dictionary.input_norm!r}."
         )
-    layer, site = _layer_of(maps, dictionary.reads[0], ("mlp_in", "resid_mid", "resid_pre", "resid_post"))
+    layer, kind = _layer_at(maps, dictionary.reads[0], STREAM)
     place = {"resid_pre": Place(layer, layer), "resid_post": Place(layer + 1, layer + 1)}.get(
-        site, maps.before_mlp(layer)
+        kind, maps.before_mlp(layer)
     )
-    if site == "mlp_in":
-        return Reading(place, maps.mlp_norms[layer])
-    return Reading(place, _norm(maps.model, None)._replace(centred=centred(dictionary.input_norm)))
+    return Reading(place, maps.mlp_norms[layer] if kind == "mlp_in" else _norm(maps.model, None))
 
 
 def written_at(maps: LinearMaps, dictionary: Dictionary) -> Place:
@@ -234,40 +248,25 @@ def written_at(maps: LinearMaps, dictionary: Dictionary) -> Place:
     Raises DictlearnError for other or several write sites.
     """
     if dictionary.site_axis:
-        raise DictlearnError(f"Weights of latents are for one write site, got {', '.join(dictionary.writes)}.")
-    layer, site = _layer_of(maps, dictionary.writes[0], ("attn_out", "mlp_out"))
-    return Place(layer, layer) if site == "attn_out" else maps.before_mlp(layer)
+        raise DictlearnError(
+            f"Weights of latents are for one write site, got {', '.join(dictionary.writes)}; of cross-layer "
+            "transcoders there are attribution graphs: see dictlearn.circuits.graphs."
+        )
+    layer, kind = _layer_at(maps, dictionary.writes[0], ("attn_out", "mlp_out"))
+    return Place(layer, layer) if kind == "attn_out" else maps.before_mlp(layer)
 
 
-def _layer_of(maps: LinearMaps, name: str, kinds: tuple[str, ...]) -> tuple[int, str]:
-    """The layer and the kind of a site, by whichever name."""
-    wanted = resolve(maps.model, name)
-    for layer in range(len(maps.attentions)):
-        for kind in kinds:
-            if kind == "resid_mid" and is_parallel(maps.model):
-                continue
-            site = resolve(maps.model, f"{kind}.{layer}")
-            if (site.module, site.io) == (wanted.module, wanted.io):
-                return layer, kind
-    raise DictlearnError(f"Weights of latents need a site {', '.join(kinds)} here, got {name!r}.")
-
-
-def encoder_columns(dictionary: Dictionary, latents: LatentIds | None = None) -> Directions:
-    """w_j of `latents` (None: all): what the encoder takes the product of what it reads with, in raw units."""
-    found = dictionary.flat_W_enc.T if latents is None else dictionary.flat_W_enc.T[latents]
-    return widened(found * dictionary.read_scale).detach()
+def _layer_at(maps: LinearMaps, name: str, kinds: tuple[str, ...]) -> tuple[int, str]:
+    found = layer_at(maps.model, resolve(maps.model, name), kinds)
+    if found is None:
+        raise DictlearnError(f"Weights of latents need a site {', '.join(kinds)} here, got {name!r}.")
+    return found
 
 
 def encoder_directions(maps: LinearMaps, dictionary: Dictionary, latents: LatentIds | None = None) -> Directions:
     """w'_j: encoder columns in the stream, the norm's gain and centring folded in. Raises like `reading`."""
     norm = reading(maps, dictionary).norm
     return norm.folded(encoder_columns(dictionary, latents).to(norm.gain))
-
-
-def decoder_directions(dictionary: Dictionary, latents: LatentIds | None = None) -> Directions:
-    """D_i: what `latents` (None: all) of value 1 write, in raw units."""
-    found = dictionary.flat_W_dec if latents is None else dictionary.flat_W_dec[latents]
-    return widened(found / dictionary.write_scale).detach()
 
 
 def virtual_weights(
@@ -278,7 +277,7 @@ def virtual_weights(
     targets: Int[Tensor, " n_targets"] | None = None,
 ) -> Float[Tensor, "n_sources n_targets"]:
     """D_i . w'_j: what latent i of `source` of value 1 adds to the pre-activation of latent j of `target` at the
-    same token, times the denominator of the norm before `target`. For chosen latents, or all of them.
+    same token, times the denominators of the norms before `target`. For chosen latents, or all of them.
 
     Raises DictlearnError where `source` writes after `target` reads, and like `reading`.
     """
@@ -288,7 +287,7 @@ def virtual_weights(
             f"{target.reads[0]} sees."
         )
     directions = encoder_directions(maps, target, targets)
-    return decoder_directions(source, sources).to(directions) @ directions.T
+    return decoder_rows(source, sources).to(directions) @ directions.T
 
 
 def _reaches(written: Place, read: Place) -> bool:
@@ -303,20 +302,26 @@ def de_embedding(maps: LinearMaps, directions: Directions) -> Float[Tensor, "n v
     """What each token's embedding, without a position, adds along directions in the stream; for the encoder
     directions of latents: which tokens activate them directly.
     """
-    model = maps.model
-    start, embed = resolve(model, "resid_pre.0"), resolve(model, "embed")
+    embed = resolve(maps.model, "embed")
+    before = directions @ _from_embedding(maps.model).to(directions)
     found = []
-    for ids in torch.arange(len(maps.unembedding), device=model.device).split(CHUNK):
-        rows = activations(model, [start], ids[:, None])[start.name]
-        with edit(model, {embed: torch.zeros_like}):
-            rows = rows - activations(model, [start], ids[:, None])[start.name]
-        found.append(directions @ rows[:, 0].to(directions).T)
+    for ids in torch.arange(len(maps.unembedding), device=maps.model.device).split(CHUNK):
+        rows = activations(maps.model, [embed], ids[:, None])[embed.name]
+        found.append(before @ rows[:, 0].to(before).T)
     return torch.cat(found, dim=-1)
 
 
-def logit_weights(maps: LinearMaps, directions: Directions) -> Float[Tensor, "n vocab"]:
+def _from_embedding(model: PreTrainedModel) -> Float[Tensor, "d d_embed"]:
+    """What becomes of a token's embedding before the first layer; positions are added to it."""
+    start, ids = resolve(model, "resid_pre.0"), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with _zeros_at(model, [resolve(model, "embed")]) as leaves, capture(model, [start]) as acts:
+        model.base_model(input_ids=ids, use_cache=False)
+        return _gradients(acts[start.name][0, 0], leaves[0])
+
+
+def logit_effects(maps: LinearMaps, directions: Directions) -> Float[Tensor, "n vocab"]:
     """What directions in the stream add to the logits, times the final norm's denominator, about the mean over the
-    vocabulary; for decoder directions: which tokens latents promote directly. Before a softcap.
+    vocabulary; for decoder rows: which tokens latents promote directly. Before a softcap.
     """
     logits = maps.final_norm.folded(maps.unembedding) @ directions.to(maps.unembedding).T  # [vocab, n]
     return (logits - logits.mean(0)).T

@@ -27,7 +27,9 @@ LM_EPS = 1e-5  # of GPT-2
 
 
 class Normed(NamedTuple):
-    """`z` = (x - shift) / divisor of tokens `x` [*, d]; `recon * factor + shift` puts a reconstruction back."""
+    """`z` = (x - shift) / divisor of tokens `x` [*, d]; where the norm is undone, `recon * factor + shift` puts a
+    reconstruction back, elsewhere the factor is 1.
+    """
 
     z: Float[Tensor, "*batch d"]
     shift: Float[Tensor, "*batch 1"]
@@ -67,14 +69,14 @@ def _centre(x: Float[Tensor, "*batch d"]) -> Normed:
 def _rms_norm(x: Float[Tensor, "*batch d"]) -> Normed:
     """TransformerLens' `hook_normalized` of models with RMSNorm: x / sqrt(mean x^2 + 1e-6)."""
     rms = (x.square().mean(-1, keepdim=True) + RMS_EPS).sqrt()
-    return Normed(x / rms, torch.zeros_like(rms), rms, rms)
+    return Normed(x / rms, torch.zeros_like(rms), rms, torch.ones_like(rms))
 
 
 def _lm_layer_norm(x: Float[Tensor, "*batch d"]) -> Normed:
     """TransformerLens' `hook_normalized` of models with LayerNorm: its variance is the biased one, plus 1e-5."""
     mean = x.mean(-1, keepdim=True)
     std = (x.var(-1, correction=0, keepdim=True) + LM_EPS).sqrt()
-    return Normed(F.layer_norm(x, x.shape[-1:], eps=LM_EPS), mean, std, std)
+    return Normed(F.layer_norm(x, x.shape[-1:], eps=LM_EPS), mean, std, torch.ones_like(std))
 
 
 KINDS = {
@@ -88,8 +90,11 @@ INPUT_NORMS = ("none", *KINDS)
 
 
 def normed(kind: str, x: Float[Tensor, "*batch d"]) -> Normed:
-    """Tokens normalised; `kind` is any but "none"."""
-    return KINDS[kind].norm(x)
+    """Tokens normalised, and what was taken off them: nothing where `kind` is "none"."""
+    if kind != "none":
+        return KINDS[kind].norm(x)
+    ones = torch.ones_like(x[..., :1])
+    return Normed(x, torch.zeros_like(ones), ones, ones)
 
 
 def undone(kind: str) -> bool:

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dictlearn.circuits.prompt import latent_reader, take_apart
+from dictlearn.circuits.decomposition import decompose, latent_reader
 from dictlearn.circuits.weights import linear_maps
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.lm import LM, load_lm
@@ -57,7 +57,7 @@ def test_shares_of_all_sources_add_up(benchmark: ModuleType, lm: LM) -> None:
         for layer in range(3)
     }
     maps = linear_maps(lm.model)
-    some = [take_apart(maps, made, row[None]) for row in batch.clean[::20]]
+    some = [decompose(maps, made, row[None]) for row in batch.clean[::20]]
     every = benchmark.bringers(some, 2, [3, 5], n_shown=1000)
     assert every["mean"].sum() == pytest.approx(1, abs=1e-3)
     assert latent_reader(some[0], 2, 3, benchmark.END).position == 8

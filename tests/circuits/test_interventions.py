@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import dictlearn
 from dictlearn import Ablate, Scale, Set, Steer, attach, intervene
-from dictlearn.circuits.intervene import ERRORS, FREEZES
+from dictlearn.circuits.intervention_run import ERRORS, FREEZES
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.linear import Linear

@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dictlearn.circuits.freeze import recorded
-from dictlearn.circuits.paths import Branch, Paths, greedy_paths
-from dictlearn.circuits.prompt import (
-    Prompt,
+from dictlearn.circuits.decomposition import (
+    Decomposition,
     Source,
     behind,
     contributions,
+    decompose,
     latent_reader,
     logit_reader,
     table,
-    take_apart,
 )
+from dictlearn.circuits.freeze import recorded
+from dictlearn.circuits.paths import Branch, Paths, greedy_paths
 from dictlearn.circuits.weights import linear_maps, virtual_weights
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.gated import Gated
@@ -44,13 +44,13 @@ def dictionaries(layers: tuple[int, ...] = (0, 1, 2), **arguments) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def taken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prompt]:
-    made: dict[str, Prompt] = {}
+def taken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Decomposition]:
+    made: dict[str, Decomposition] = {}
 
-    def get(family: str) -> Prompt:
+    def get(family: str) -> Decomposition:
         if family not in made:
             model = tiny_model(tmp_path_factory.mktemp(family), family)
-            made[family] = take_apart(linear_maps(model), dictionaries(skip=True), IDS)
+            made[family] = decompose(linear_maps(model), dictionaries(skip=True), IDS)
         return made[family]
 
     return get
@@ -63,7 +63,7 @@ def test_contributions_sum_up_to_what_the_model_computes(
 ) -> None:
     """The target's own pre-activation on what the model's MLP reads, and the model's logits."""
     model, own = tiny_model(tmp_path, family), dictionaries(layers, skip=True)
-    prompt = take_apart(linear_maps(model), own, IDS)
+    prompt = decompose(linear_maps(model), own, IDS)
     site = resolve(model, "mlp_in.2")
     with torch.no_grad(), recorded(model), capture(model, [site]) as acts:
         logits = model(IDS).logits[0]
@@ -79,14 +79,16 @@ def test_contributions_sum_up_to_what_the_model_computes(
     assert found == pytest.approx(float(weights @ raw), abs=1e-8 if cap else 1e-10)
 
 
+@pytest.mark.parametrize("read", ["resid_mid", "mlp_in"])
 @pytest.mark.parametrize(("family", "norm"), [("gpt2", "lm_layer_norm"), ("llama", "rms_norm"), ("gemma2", "none")])
-def test_transcoders_that_read_the_stream_itself(tmp_path: Path, family: str, norm: str) -> None:
+def test_transcoders_with_norms_of_their_own(tmp_path: Path, family: str, norm: str, read: str) -> None:
+    """Of the stream itself, or beside the model's."""
     model = tiny_model(tmp_path, family)
-    own = dictionaries(read="resid_mid", input_norm=norm)
-    prompt = take_apart(linear_maps(model), own, IDS)
-    with torch.no_grad(), recorded(model), capture(model, [resolve(model, "resid_mid.1")]) as acts:
+    own = dictionaries(read=read, input_norm=norm, skip=True)
+    prompt = decompose(linear_maps(model), own, IDS)
+    with torch.no_grad(), recorded(model), capture(model, [resolve(model, f"{read}.1")]) as acts:
         model(IDS)
-    pre_acts = own["t1"](acts["resid_mid.1"][0]).pre_acts
+    pre_acts = own["t1"](acts[f"{read}.1"][0]).pre_acts
     assert pre_acts is not None
     found = sum(contributions(prompt, latent_reader(prompt, 1, 3, 4)).values())
     assert found == pytest.approx(float(pre_acts[4, 3]), abs=1e-10)
@@ -94,7 +96,7 @@ def test_transcoders_that_read_the_stream_itself(tmp_path: Path, family: str, no
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_contribution_is_an_activation_times_a_virtual_weight(
-    taken: Callable[[str], Prompt], family: str
+    taken: Callable[[str], Decomposition], family: str
 ) -> None:
     prompt = taken(family)
     maps, (source, target) = prompt.maps, (prompt.transcoders[layer] for layer in (0, 2))
@@ -104,14 +106,17 @@ def test_a_contribution_is_an_activation_times_a_virtual_weight(
     active = source.latents[4].nonzero()[:, 0].tolist()
     assert len(active) > 1
     assert sorted(rows.index) == active
+    inverse = prompt.inverse(target.reading.norm)[4]
     for i in active:
         assert rows.activation[i] == float(source.latents[4, i])
-        assert rows.weight[i] == pytest.approx(float(fixed[i, 7] * target.inverse[4]), rel=1e-9)
+        assert rows.weight[i] == pytest.approx(float(fixed[i, 7] * inverse), rel=1e-9)
         assert rows.contribution[i] == pytest.approx(rows.activation[i] * rows.weight[i], rel=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_source_reads_has_the_source_as_its_value(taken: Callable[[str], Prompt], family: str) -> None:
+def test_what_a_source_reads_has_the_source_as_its_value(
+    taken: Callable[[str], Decomposition], family: str
+) -> None:
     prompt = taken(family)
     reader = logit_reader(prompt, torch.eye(97)[5].double() - torch.eye(97)[6].double())
     n = 0
@@ -123,7 +128,7 @@ def test_what_a_source_reads_has_the_source_as_its_value(taken: Callable[[str], 
     assert n > 3 * 2 * 6  # heads from every token, and latents
 
 
-def brute_force(prompt: Prompt, branch: Branch, depth: int) -> list[tuple[tuple[Source, ...], float]]:
+def brute_force(prompt: Decomposition, branch: Branch, depth: int) -> list[tuple[tuple[Source, ...], float]]:
     """All paths of at most `depth` steps."""
     found = []
     if depth and branch.reader is not None:
@@ -139,7 +144,7 @@ def total(branch: Branch, paths: Paths) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_paths(taken: Callable[[str], Prompt], family: str) -> None:
+def test_greedy_paths(taken: Callable[[str], Decomposition], family: str) -> None:
     prompt = taken(family)
     root = latent_reader(prompt, 1, 2, 3)
     paths = greedy_paths(prompt, root, n_paths=6, depth=3)
@@ -160,7 +165,7 @@ def test_greedy_paths(taken: Callable[[str], Prompt], family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_merged_graph_conserves_attribution(taken: Callable[[str], Prompt], family: str) -> None:
+def test_the_merged_graph_conserves_attribution(taken: Callable[[str], Decomposition], family: str) -> None:
     prompt = taken(family)
     root = logit_reader(prompt, torch.eye(97)[5].double() - torch.eye(97)[6].double())
     paths = greedy_paths(prompt, root, n_paths=25, depth=4, n_special=1)
@@ -184,18 +189,18 @@ def test_the_merged_graph_conserves_attribution(taken: Callable[[str], Prompt], 
     assert math.isclose(rows.share[0], rows.attribution[0] / paths.value)
 
 
-def test_prompts_and_readers_that_are_refused(taken: Callable[[str], Prompt], model: GetModel) -> None:
+def test_prompts_and_readers_that_are_refused(taken: Callable[[str], Decomposition], model: GetModel) -> None:
     maps, prompt = linear_maps(model("gpt2")), taken("gpt2")
     with pytest.raises(DictlearnError, match="t0 and other write mlp_out"):
-        take_apart(maps, {"t0": transcoder(0, 0), "other": transcoder(0, 1)}, IDS)
+        decompose(maps, {"t0": transcoder(0, 0), "other": transcoder(0, 1)}, IDS)
     crossing = Linear(D, D, N_LATENTS, ReLU(l1=0.0), ["mlp_in.0"], ["mlp_out.1"]).double()
     with pytest.raises(DictlearnError, match=r"reads mlp_in.0 and writes mlp_out.1"):
-        take_apart(maps, {"crossing": crossing}, IDS)
+        decompose(maps, {"crossing": crossing}, IDS)
     gated = Gated(D, D, N_LATENTS, ReLU(l1=0.0), ["mlp_in.0"], ["mlp_out.0"]).double()
     torch.nn.init.normal_(gated.W_enc)
     torch.nn.init.constant_(gated.b_mag, 1.0)
     with pytest.raises(DictlearnError, match="Take its for_inference"):
-        take_apart(maps, {"gated": gated}, IDS)
+        decompose(maps, {"gated": gated}, IDS)
     with pytest.raises(DictlearnError, match=r"Layer 7 has no transcoder here; those that have one: 0, 1, 2"):
         latent_reader(prompt, 7, 0, 0)
     with pytest.raises(DictlearnError, match="latents 0 to 19, got 20"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dictlearn.circuits.attention_latents import direct_feature_attribution
+from dictlearn.circuits.decomposition import decompose
+from dictlearn.circuits.dictionary_maps import decoder_rows
 from dictlearn.circuits.freeze import Frozen, held, recorded
-from dictlearn.circuits.prompt import take_apart
+from dictlearn.circuits.parts import STREAM, layer_at
 from dictlearn.circuits.weights import (
     de_embedding,
-    decoder_directions,
     encoder_directions,
     linear_maps,
-    logit_weights,
+    logit_effects,
     through_heads,
     virtual_weights,
 )
@@ -30,7 +33,7 @@ from dictlearn.lm.taps import capture, edit
 from dictlearn.sparsifiers.relu import ReLU
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError, Site
-from tests.circuits.setup import filled, tiny_model
+from tests.circuits.setup import cross_layer, filled, tiny_model
 
 GetModel = Callable[[str], PreTrainedModel]
 FAMILIES = ("gpt2", "llama", "gemma2", "gpt_neox", "gpt_neox_sequential", "qwen3", "olmo2", "opt", "phi", "phi3")
@@ -158,10 +161,10 @@ def test_de_embedding_is_what_a_token_more_adds(tmp_path: Path, family: str) -> 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "phi"])
-def test_logit_weights_are_changes_of_the_logits(tmp_path: Path, family: str) -> None:
+def test_logit_effects_are_changes_of_the_logits(tmp_path: Path, family: str) -> None:
     model = tiny_model(tmp_path, family)
     maps, source = linear_maps(model), transcoder(2, 5)
-    rows = decoder_directions(source)
+    rows = decoder_rows(source)
     frozen, _ = record(model, [])
     logits = []
     for added in (0.0, rows[6]):
@@ -169,10 +172,38 @@ def test_logit_weights_are_changes_of_the_logits(tmp_path: Path, family: str) ->
         with torch.no_grad(), held(model, frozen), edit(model, edits):
             logits.append(model(IDS).logits[0, 2])
     change = logits[1] - logits[0]
-    found = logit_weights(maps, rows)
+    found = logit_effects(maps, rows)
     expected = found[6] * inverse(frozen, maps.final_norm.module)[2]
     torch.testing.assert_close(change - change.mean(), expected, atol=1e-10, rtol=1e-9)
     torch.testing.assert_close(found.mean(-1), torch.zeros(N_LATENTS).double(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_maps_of_a_bfloat16_model_are_those_of_its_weights(tmp_path: Path, family: str) -> None:
+    """Against the same weights in float64: nothing on the way is rounded to bfloat16."""
+    model = tiny_model(tmp_path, family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases and gains as large as weights
+                parameter.add_(torch.randn(len(parameter), generator=torch.Generator().manual_seed(0)), alpha=0.3)
+    model.bfloat16()
+    rough, exact = linear_maps(model), linear_maps(copy.deepcopy(model).double())
+    for found, expected in zip(rough.attentions, exact.attentions, strict=True):
+        for name in ("W_V", "b_V", "W_O", "b_O"):
+            assert getattr(found, name).dtype == torch.float32
+            assert torch.equal(getattr(found, name).double(), getattr(expected, name)), name
+    along = torch.randn(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for part in (de_embedding, logit_effects, lambda maps, d: through_heads(maps, 1, d)):
+        found, expected = part(rough, along.float()), part(exact, along)
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_layer_of_a_site_by_any_name(model: GetModel) -> None:
+    gpt2, neox = model("gpt2"), model("gpt_neox")
+    assert layer_at(gpt2, resolve(gpt2, "transformer.h.1.mlp"), ("attn_out", "mlp_out")) == (1, "mlp_out")
+    assert layer_at(gpt2, resolve(gpt2, "transformer.h.2.ln_2:in"), STREAM) == (2, "resid_mid")
+    assert layer_at(gpt2, resolve(gpt2, "embed"), STREAM) is None
+    assert layer_at(neox, resolve(neox, "resid_post.0"), STREAM) == (0, "resid_post")  # which has no resid_mid
 
 
 def test_maps_leave_the_model_as_it_was(model: GetModel) -> None:
@@ -198,4 +229,19 @@ def test_weights_that_are_refused(model: GetModel) -> None:
     with pytest.raises(DictlearnError, match=r"an input_norm that is not undone .* got .layer_norm"):
         encoder_directions(maps, filled(sae))
     with pytest.raises(DictlearnError, match="One prompt at a time"):
-        take_apart(maps, {}, IDS.repeat(2, 1))
+        decompose(maps, {}, IDS.repeat(2, 1))
+
+
+def test_cross_layer_transcoders_are_refused(model: GetModel) -> None:
+    own = model("gpt2")
+    maps, named = linear_maps(own), cross_layer(own)
+    (clt,) = named.values()
+    for refused in (
+        lambda: decompose(maps, named, IDS),
+        lambda: virtual_weights(maps, clt, transcoder(2, 0)),
+        lambda: virtual_weights(maps, transcoder(0, 0), clt),
+        lambda: encoder_directions(maps, clt),
+        lambda: direct_feature_attribution(maps, clt, IDS, [0]),
+    ):
+        with pytest.raises(DictlearnError, match=r"cross-layer transcoders .*attribution graphs: see"):
+            refused()

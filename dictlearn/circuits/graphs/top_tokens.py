@@ -13,7 +13,7 @@ from dictlearn.checks import check_count
 from dictlearn.circuits.cuts import cuts_of
 from dictlearn.circuits.graphs.graph import Graph
 from dictlearn.circuits.graphs.layers import Layer, layers_of
-from dictlearn.circuits.weights import linear_maps, logit_weights
+from dictlearn.circuits.weights import linear_maps, logit_effects
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import LM
 
@@ -49,7 +49,7 @@ def top_tokens(
     special = [token for token in lm.tokenizer.all_special_ids if token < len(maps.unembedding)]
     n = min(n, len(maps.unembedding) - len(special))
     for some in directions.split(max(1, CHUNK_ELEMENTS // len(maps.unembedding))):
-        logits = logit_weights(maps, some)
+        logits = logit_effects(maps, some)
         ids = []
         for largest, last in ((True, -torch.inf), (False, torch.inf)):
             logits[:, special] = last

@@ -1,4 +1,4 @@
-"""A model with interventions on the latents of its dictionaries."""
+"""A model that runs with interventions, those of interventions.py, on the latents of its dictionaries."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from dictlearn.checks import check_choice
 from dictlearn.circuits.cuts import Cut, cuts_of
+from dictlearn.circuits.dictionary_maps import decoder_rows, layers_of_latents, skipped, token_norm
 from dictlearn.circuits.freeze import Frozen, held, recorded
 from dictlearn.circuits.interventions import Intervention, mask_at
 from dictlearn.circuits.parts import n_layers, parts_of
 from dictlearn.dictionaries import Dictionary
-from dictlearn.dictionaries._input_norm import normed, undone
+from dictlearn.dictionaries._input_norm import undone
 from dictlearn.lm import LM, edit, resolve
 from dictlearn.splice import by_name
 from dictlearn.types import DictlearnError, Site
@@ -135,9 +136,8 @@ class _Attached:
         touched = sorted({latent for own in named for latent in own})
         self.touched = torch.tensor(touched, dtype=torch.int64, device=d.b_dec.device)
         self.columns = [torch.searchsorted(self.touched, self.touched.new_tensor(own)) for own in named]
-        self.rows = d.latent_rows(self.touched) if touched else None
-        ends = torch.tensor([len(rows) for rows in d.decoders]).cumsum(0)
-        self.layers = set(torch.bucketize(torch.tensor(touched), ends, right=True).tolist())  # of `touched`
+        self.rows = [decoder_rows(d, self.touched, write) for write in range(len(self.writes))]
+        self.layers = set(layers_of_latents(d, self.touched).tolist())
         self.latents: Tensor | None = None
         self.begin(0)
 
@@ -145,7 +145,7 @@ class _Attached:
         """Before every forward, with the number of tokens in its cache."""
         self.n_cached = n_cached
         self.is_changed = False
-        self.added: Float[Tensor, "rows ctx n_writes d_out"] | None = None
+        self.change: Float[Tensor, "rows ctx n_touched"] | None = None  # times what an input norm took off
 
     def keep_clean(self, acts: Acts) -> None:
         """Between the clean run and the one with interventions."""
@@ -166,20 +166,21 @@ class _Attached:
         if self._has_news(number):
             self._change(x)
         act = self.clean[number] if self.is_frozen else act
-        for added in self._additions(x):
-            act = act + added[..., number, :].to(act.dtype)
+        for added in self._additions(number, x):
+            act = act + added.to(act.dtype)
         return act
 
-    def _additions(self, x: Tensor) -> Iterator[Float[Tensor, "rows ctx n_writes d_out"]]:
-        """What comes to the activations at the write sites."""
+    def _additions(self, number: int, x: Tensor) -> Iterator[Float[Tensor, "rows ctx d_out"]]:
+        """What comes to the activation at the write site `number`."""
         if self.is_frozen and not self.is_direct:
             assert self.latents is not None
-            yield self._recon(self.latents, x) - self.clean_recon
+            yield (self._recon(self.latents, x) - self.clean_recon)[..., number, :]
             return
-        if self.added is not None:
-            yield self.added
-        if self.is_frozen and self.cut.dictionary.W_skip is not None:
-            yield self._skip_change(x)
+        if self.change is not None:
+            rows = self.rows[number]
+            yield self.change.to(rows.dtype) @ rows
+        if self.is_frozen:
+            yield from self._skip_changes(number, x)
 
     def _x(self, number: int, read: Acts, like: Float[Tensor, "rows ctx _"]) -> Tensor:
         """What the dictionary reads, at its write site `number`; of layers that write nothing so far zeros."""
@@ -199,11 +200,11 @@ class _Attached:
         return self.is_frozen or number in self.layers or number == len(self.writes) - 1
 
     def _change(self, x: Tensor) -> None:
-        """Latents of what has been read, the interventions, and what these write beside."""
+        """Latents of what has been read, and the interventions."""
         x, before = (self.clean_x, self.clean_latents) if self.is_direct else (x, self.cut.dictionary.encode(x))
         self.is_changed = True
         self.latents = before
-        if self.rows is None:
+        if not len(self.touched):
             return
         own = before.index_select(-1, self.touched)  # [rows, ctx, n_touched]
         after = own
@@ -213,37 +214,23 @@ class _Attached:
             changed = torch.where(at, one(values), values)
             after = after.index_copy(-1, columns, changed)
         self.latents = before.index_copy(-1, self.touched, after)
-        self.added = self._written(after - own, x)
-
-    def _written(self, change: Float[Tensor, "rows ctx n"], x: Tensor) -> Float[Tensor, "rows ctx n_writes d_out"]:
-        """What the touched latents write more than before."""
-        d = self.cut.dictionary
-        assert self.rows is not None
-        if undone(d.input_norm):
-            change = change * normed(d.input_norm, x.to(d.b_dec.dtype)).factor
-        flat = d.decode_rows(change.flatten(0, 1), self.rows, self.touched)
-        return self._raw(flat.unflatten(0, change.shape[:2]))
+        self.change = after - own
+        if undone(self.cut.dictionary.input_norm):
+            self.change = self.change * token_norm(self.cut.dictionary, x).factor
 
     def _recon(self, latents: Tensor, x: Tensor) -> Float[Tensor, "rows ctx n_writes d_out"]:
         recon = self.cut.dictionary.decode(latents, x)
         return recon if self.cut.dictionary.site_axis else recon.unsqueeze(-2)
 
-    def _skip_change(self, x: Tensor) -> Float[Tensor, "rows ctx n_writes d_out"]:
-        """What the skip path writes more than in the clean run, linear in `x`: input norms keep denominators."""
+    def _skip_changes(self, number: int, x: Tensor) -> Iterator[Float[Tensor, "rows ctx d_out"]]:
+        """What the skip path from each read writes more than in the clean run, whose divisors input norms keep."""
         d = self.cut.dictionary
-        x, clean = (part.to(d.b_dec.dtype) for part in (x, self.clean_x))
-        change = x - clean
-        if d.input_norm != "none":
-            now, then = normed(d.input_norm, x), normed(d.input_norm, clean)
-            change = (change - (now.shift - then.shift)) / then.divisor  # shifts are means
-            change = change * then.factor if undone(d.input_norm) else change
-        scaled = (change * d.read_scale.unsqueeze(-1)).flatten(-2) if d.site_axis else change * d.read_scale
-        return self._raw(d._skip(scaled))
-
-    def _raw(self, flat: Float[Tensor, "*tokens writes"]) -> Float[Tensor, "*tokens n_writes d_out"]:
-        """What is written, in raw units, from normalised ones."""
-        d = self.cut.dictionary
-        return flat.unflatten(-1, (len(self.writes), d.d_out)) / d.write_scale.unsqueeze(-1)
+        now, clean = (part.to(d.b_dec.dtype) for part in (x, self.clean_x))
+        reads = zip(now.unbind(-2), clean.unbind(-2), strict=True) if d.site_axis else [(now, clean)]
+        for read, (one, before) in enumerate(reads):
+            norm = token_norm(d, before)
+            if (written := skipped(d, one - before, norm.divisor, read, number)) is not None:
+                yield written * norm.factor
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One prompt taken apart: what every source of the residual stream contributes to what reads it.
+"""The decomposition of one prompt: what every source of the residual stream contributes to what reads it.
 
 With the patterns and the denominators of the norms as they are on the prompt, what reads the stream is a sum over
 sources, exactly: the latents of transcoders, what these leave over (error, bias, skip path), MLPs without a
@@ -16,20 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dictlearn.circuits.dictionary_maps import decoder_rows, encoder_columns, skipped, token_norm, written_bias
 from dictlearn.circuits.freeze import recorded
-from dictlearn.circuits.parts import parts_of
-from dictlearn.circuits.weights import (
-    LinearMaps,
-    Norm,
-    Place,
-    Reading,
-    decoder_directions,
-    encoder_columns,
-    reading,
-    written_at,
-)
+from dictlearn.circuits.parts import layer_at, parts_of
+from dictlearn.circuits.weights import LinearMaps, Norm, Place, Reading, reading, written_at
 from dictlearn.dictionaries import Dictionary
-from dictlearn.dictionaries._input_norm import normed
 from dictlearn.lm import resolve
 from dictlearn.lm.taps import capture
 from dictlearn.types import DictlearnError, Scalar, TokenIds
@@ -71,20 +62,22 @@ class Reader:
 
 
 class Transcoded(NamedTuple):
-    """One layer's transcoder on the prompt; `outputs`, by kind, are what of mlp_out the latents do not write."""
+    """One layer's transcoder on the prompt: `divisor` is that of its input norm, `outputs`, by kind, are what of
+    mlp_out the latents do not write.
+    """
 
     name: str
     dictionary: Dictionary
     reading: Reading
-    inverse: Float[Tensor, "ctx 1"]
+    divisor: Float[Tensor, "ctx 1"]
     latents: Float[Tensor, "ctx n_latents"]
     pre_acts: Float[Tensor, "ctx n_latents"]
     outputs: dict[str, Tensor]  # error, dec_bias, skip: [ctx, d]
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One forward of one prompt; made by `take_apart`."""
+class Decomposition:
+    """One forward of one prompt; made by `decompose`."""
 
     maps: LinearMaps
     embedding: Float[Tensor, "ctx d"]
@@ -109,7 +102,7 @@ class Prompt:
 
 
 @torch.no_grad()
-def take_apart(maps: LinearMaps, dictionaries: Mapping[str, Dictionary], ids: TokenIds) -> Prompt:
+def decompose(maps: LinearMaps, dictionaries: Mapping[str, Dictionary], ids: TokenIds) -> Decomposition:
     """One forward of the prompt `ids [1, ctx]` and its transcoders' latents.
 
     Args:
@@ -129,7 +122,7 @@ def take_apart(maps: LinearMaps, dictionaries: Mapping[str, Dictionary], ids: To
     wide = {name: act[0].to(maps.unembedding) for name, act in acts.items()}
     attn = [wide[f"attn_in.{layer}"] for layer in layers]
     inverses = {norm: scale.reshape(-1, 1).to(maps.unembedding) for norm, scale in frozen.scales.items()}
-    return Prompt(
+    return Decomposition(
         maps,
         wide["resid_pre.0"],
         [x @ own.W_V + own.b_V.unsqueeze(1) for x, own in zip(attn, maps.attentions, strict=True)],
@@ -137,7 +130,7 @@ def take_apart(maps: LinearMaps, dictionaries: Mapping[str, Dictionary], ids: To
         inverses,
         [wide[f"mlp_out.{layer}"] for layer in layers],
         {
-            layer: _transcoded(maps, name, dictionaries[name], acts, wide[f"mlp_out.{layer}"], inverses)
+            layer: _transcoded(maps, name, dictionaries[name], acts, wide[f"mlp_out.{layer}"])
             for layer, name in owners.items()
         },
     )
@@ -145,16 +138,16 @@ def take_apart(maps: LinearMaps, dictionaries: Mapping[str, Dictionary], ids: To
 
 def _by_layer(maps: LinearMaps, dictionaries: Mapping[str, Dictionary]) -> dict[int, str]:
     owners: dict[int, str] = {}
-    mlps = [resolve(maps.model, f"mlp_out.{layer}")[1:] for layer in range(len(maps.attentions))]
     for name, dictionary in dictionaries.items():
         written, read = written_at(maps, dictionary), reading(maps, dictionary).place
         site = resolve(maps.model, dictionary.writes[0])
-        if site[1:] not in mlps or read != written:
+        mlp = layer_at(maps.model, site, ("mlp_out",))
+        if mlp is None or read != written:
             raise DictlearnError(
                 f"Paths are for transcoders from the stream before an MLP to its output (site=mlp.2), {name} reads "
                 f"{dictionary.reads[0]} and writes {dictionary.writes[0]}."
             )
-        layer = mlps.index(site[1:])
+        layer, _ = mlp
         if layer in owners:
             raise DictlearnError(f"Each MLP takes one transcoder: {owners[layer]} and {name} write {site.name}.")
         owners[layer] = name
@@ -167,7 +160,6 @@ def _transcoded(
     dictionary: Dictionary,
     acts: Mapping[str, Tensor],
     mlp_out: Float[Tensor, "ctx d"],
-    inverses: Mapping[nn.Module, Tensor],
 ) -> Transcoded:
     own, like = reading(maps, dictionary), maps.unembedding
     x = acts[dictionary.reads[0]][0]
@@ -179,23 +171,18 @@ def _transcoded(
             "Weights of latents need latents that are their pre-activations where they are active; those of "
             f"{name} are not. Take its for_inference()."
         )
-    beside = dictionary.decode(torch.zeros_like(output.latents), x).to(like)
-    bias = dictionary.denormalise(dictionary.b_dec.flatten(), x).to(like).expand_as(mlp_out)
+    divisor = token_norm(dictionary, x).divisor
+    bias = written_bias(dictionary).to(like).expand_as(mlp_out)
     written = {"error": mlp_out - output.recon.to(like), "dec_bias": bias}
-    if dictionary.W_skip is not None:
-        written["skip"] = beside - bias
-    inverse = torch.ones_like(mlp_out[:, :1])
-    if own.norm.module is not None:
-        inverse = inverses[own.norm.module]
-    elif dictionary.input_norm != "none":
-        inverse = 1 / normed(dictionary.input_norm, x.to(dictionary.b_dec.dtype)).divisor.to(like)
-    return Transcoded(name, dictionary, own, inverse, latents, pre_acts, written)
+    if (skip := skipped(dictionary, x, divisor)) is not None:
+        written["skip"] = skip.to(like)
+    return Transcoded(name, dictionary, own, divisor.to(like), latents, pre_acts, written)
 
 
 # -- readers --
 
 
-def latent_reader(prompt: Prompt, layer: int, latent: int, position: int) -> Reader:
+def latent_reader(prompt: Decomposition, layer: int, latent: int, position: int) -> Reader:
     """The pre-activation of a latent of the transcoder that writes to `layer`, at a position.
 
     Raises DictlearnError for a layer without transcoder, a latent or a position that is not there.
@@ -205,15 +192,13 @@ def latent_reader(prompt: Prompt, layer: int, latent: int, position: int) -> Rea
             f"Layer {layer} has no transcoder here; those that have one: {', '.join(map(str, prompt.transcoders))}."
         )
     own, position = prompt.transcoders[layer], prompt.at(position)
-    if not 0 <= latent < own.dictionary.n_latents:
-        raise DictlearnError(f"{own.name} has latents 0 to {own.dictionary.n_latents - 1}, got {latent}.")
-    column = encoder_columns(own.dictionary, torch.tensor([latent], device=own.latents.device))[0]
-    column = column.to(prompt.embedding)
-    bias = own.dictionary.b_enc[latent].detach().to(column) + column @ own.reading.norm.bias
-    return Reader(own.reading.place, position, own.reading.norm.folded(column) * own.inverse[position], bias)
+    column = encoder_columns(own.dictionary, torch.tensor([latent]))[0].to(prompt.embedding) / own.divisor[position]
+    norm = own.reading.norm
+    bias = own.dictionary.b_enc[latent].detach().to(column) + column @ norm.bias
+    return Reader(own.reading.place, position, norm.folded(column) * prompt.inverse(norm)[position], bias)
 
 
-def logit_reader(prompt: Prompt, weights: Float[Tensor, " vocab"], position: int = -1) -> Reader:
+def logit_reader(prompt: Decomposition, weights: Float[Tensor, " vocab"], position: int = -1) -> Reader:
     """The sum of the logits after a position, times `weights`: 1 and -1 for a difference. Before a softcap."""
     position, maps = prompt.at(position), prompt.maps
     weights = weights.to(maps.unembedding)
@@ -223,13 +208,13 @@ def logit_reader(prompt: Prompt, weights: Float[Tensor, " vocab"], position: int
     return Reader(maps.end, position, maps.final_norm.folded(direction) * inverse, bias)
 
 
-def behind(prompt: Prompt, reader: Reader, source: Source) -> Reader | None:
+def behind(prompt: Decomposition, reader: Reader, source: Source) -> Reader | None:
     """What `source` reads, such that its value is what `source` contributes to `reader`; None where it reads
     nothing that could be followed. Of a latent that is its value's, so it has to be active.
     """
     if source.kind == "latent":
         own = prompt.transcoders[source.layer]
-        row = decoder_directions(own.dictionary, torch.tensor([source.index], device=own.latents.device))[0]
+        row = decoder_rows(own.dictionary, torch.tensor([source.index]))[0]
         weight = row.to(reader.direction) @ reader.direction
         return latent_reader(prompt, source.layer, source.index, source.position).times(weight)
     if source.kind != "head":
@@ -246,7 +231,7 @@ def behind(prompt: Prompt, reader: Reader, source: Source) -> Reader | None:
 # -- contributions --
 
 
-def contributions(prompt: Prompt, reader: Reader) -> dict[Source, float]:
+def contributions(prompt: Decomposition, reader: Reader) -> dict[Source, float]:
     """What every source adds to the reader's value, active latents alone; they sum up to the value."""
     at = reader.position
     found = {Source("embedding", -1, -1, at, at): float(prompt.embedding[at] @ reader.direction)}
@@ -257,7 +242,7 @@ def contributions(prompt: Prompt, reader: Reader) -> dict[Source, float]:
     return found | {Source("bias", -1, -1, at, at): float(reader.bias)}
 
 
-def _of_attention(prompt: Prompt, reader: Reader, layer: int) -> dict[Source, float]:
+def _of_attention(prompt: Decomposition, reader: Reader, layer: int) -> dict[Source, float]:
     own, at = prompt.maps.attentions[layer], reader.position
     after = own.post.folded(reader.direction) * prompt.inverse(own.post)[at]
     pattern = prompt.patterns[layer][:, at, : at + 1]  # [n_heads, sources]
@@ -272,15 +257,14 @@ def _of_attention(prompt: Prompt, reader: Reader, layer: int) -> dict[Source, fl
     }
 
 
-def _of_mlp(prompt: Prompt, reader: Reader, layer: int) -> dict[Source, float]:
+def _of_mlp(prompt: Decomposition, reader: Reader, layer: int) -> dict[Source, float]:
     at = reader.position
     if layer not in prompt.transcoders:
         return {Source("mlp", layer, -1, at, at): float(prompt.mlp_out[layer][at] @ reader.direction)}
     own = prompt.transcoders[layer]
     active = own.latents[at].nonzero()[:, 0]
-    values = own.latents[at, active] * (
-        decoder_directions(own.dictionary, active).to(reader.direction) @ reader.direction
-    )
+    weights = decoder_rows(own.dictionary, active).to(reader.direction) @ reader.direction
+    values = own.latents[at, active] * weights
     found = {
         Source("latent", layer, latent, at, at): value
         for latent, value in zip(active.tolist(), values.tolist(), strict=True)
@@ -289,7 +273,7 @@ def _of_mlp(prompt: Prompt, reader: Reader, layer: int) -> dict[Source, float]:
     return found | beside
 
 
-def table(prompt: Prompt, reader: Reader) -> pd.DataFrame:
+def table(prompt: Decomposition, reader: Reader) -> pd.DataFrame:
     """Contributions as a table, the largest first: kind, layer, index, position, source, contribution, and of
     latents the two factors, `activation` (of the input) and `weight` (contribution over activation: the virtual
     weight over the denominator).
