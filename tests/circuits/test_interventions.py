@@ -15,6 +15,7 @@ import dictlearn
 from dictlearn import Ablate, Scale, Set, Steer, attach, intervene
 from dictlearn.circuits.intervention_run import ERRORS, FREEZES
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.lm import capture, resolve
@@ -398,6 +399,72 @@ def test_an_input_norm_keeps_its_denominator_in_direct_effects(model: Model) -> 
         effect = run(IDS).logits - run.clean.logits
     close(effect, direct_effect(lm, "resid_post.0", change, skip, "resid_mid.1"))
     assert (effect - direct_effect(lm, "resid_post.0", change)).abs().max() > 1e-2
+
+
+def skip_effect(lm: PreTrainedModel, *dictionaries: Dictionary) -> Tensor:
+    """Direct effect of steering the stream, where skip paths respond."""
+    named = {"stream": some_dictionaries(lm)["stream"]} | {f"d{n}": one for n, one in enumerate(dictionaries)}
+    with intervene(lm, named, {"stream": Steer(3, 2.0)}, "frozen", "direct") as run:
+        return run(IDS).logits - run.clean.logits
+
+
+def test_skip_paths_of_layers_are_those_of_transcoders(model: Model) -> None:
+    lm, layers = model("gpt2"), range(3)
+    reads, writes = ([f"{kind}.{layer}" for layer in layers] for kind in ("mlp_in", "mlp_out"))
+    clt = filled(CrossLayer(16, 16, 30, TopK(4), reads, writes, skip=True))
+    clt.read_scale.copy_(torch.tensor([1.5, 0.8, 1.2]))
+    clt.write_scale.copy_(torch.tensor([0.7, 1.4, 0.9]))
+    assert clt.W_skip is not None
+    single = [filled(Linear(16, 16, 24, TopK(4), [reads[i]], [writes[i]], skip=True), i) for i in layers]
+    for i, one in enumerate(single):
+        assert one.W_skip is not None
+        one.W_skip.data.copy_(clt.W_skip[i] * clt.read_scale[i] / clt.write_scale[i])
+    effect = skip_effect(lm, clt)
+    close(effect, skip_effect(lm, *single))
+    assert (effect - skip_effect(lm, *single[:1])).abs().max() > 1e-2
+
+
+def test_skip_paths_of_several_reads_add_up(model: Model) -> None:
+    lm, reads, plain = model("llama"), ["mlp_in.1", "resid_mid.1"], skip_effect(model("llama"))
+    both = filled(Crosscoder(16, 16, 24, TopK(4), reads, ["mlp_out.1"], skip=True))
+    both.read_scale.copy_(torch.tensor([1.5, 0.8]))
+    both.write_scale.fill_(0.7)
+    assert both.W_skip is not None
+    parts = []
+    for i, read in enumerate(reads):
+        one = filled(Linear(16, 16, 24, TopK(4), [read], ["mlp_out.1"], skip=True))
+        assert one.W_skip is not None
+        one.W_skip.data.copy_(both.W_skip[0, :, i] * both.read_scale[i] / 0.7)
+        parts.append(skip_effect(lm, one) - plain)
+        assert parts[i].abs().max() > 1e-2
+    close(skip_effect(lm, both) - plain, parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale", "centre"])
+def test_the_skip_path_of_an_autoencoder_whose_norm_is_undone(model: Model, norm: str) -> None:
+    """It writes times what was taken off the clean token, which it is divided by as well."""
+    lm, site = model("gpt2"), "resid_post.1"
+    auto, stream = (
+        filled(Linear(16, 16, 24, TopK(4), [site], [site], skip=True, input_norm=norm)),
+        some_dictionaries(lm),
+    )
+    sites = [resolve(lm, site)]
+    both, at = {"stream": stream["stream"], "auto": auto}, {"stream": Steer(3, 2.0)}
+    with (
+        capture(lm, sites) as before,
+        intervene(lm, both, at, "frozen", "direct") as run,
+        capture(lm, sites) as after,
+    ):
+        run(IDS)
+    clean = seen(lm, IDS, [site])[site]
+    change = before[site] - clean
+    change = change if norm == "constant_norm_rescale" else change - change.mean(-1, keepdim=True)
+    factor = {  # over the divisor: std over std + 1e-5
+        "layer_norm": clean.std(-1, keepdim=True) / (clean.std(-1, keepdim=True) + 1e-5)
+    }.get(norm, torch.ones(()))
+    assert auto.W_skip is not None
+    assert change.abs().max() > 1e-2
+    close(after[site] - clean, change @ auto.W_skip.T * factor, 1e-4)
 
 
 @pytest.mark.parametrize("error", ERRORS)
