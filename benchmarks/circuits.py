@@ -221,7 +221,10 @@ def show(results: Mapping[str, Any]) -> None:
             task,
             cut,
             mode,
-            *(_number(own[mode][key]) for key in ("n_at_0.5", "n_at_0.8", "cpr", "cmd")),
+            *(
+                _number(own[mode][key])
+                for key in ("n_at_0.5", "n_at_0.8", "faithfulness_of_candidates", "cpr", "cmd")
+            ),
             f"{own['error_share']:.2f}",
         ]
         for task, cuts in results["faithfulness"].items()
@@ -229,7 +232,13 @@ def show(results: Mapping[str, Any]) -> None:
         for mode in ERRORS
         if mode in own
     ]
-    print(table("Faithfulness", ["task", "cut", "errors", "N at .5", "N at .8", "CPR", "CMD", "error share"], rows))
+    print(
+        table(
+            "Faithfulness",
+            ["task", "cut", "errors", "N at .5", "N at .8", "f of candidates", "CPR", "CMD", "error share"],
+            rows,
+        )
+    )
     estimates = [*METHODS, "mean_difference", "discrete", "discrete, labels permuted"]
     rows = [
         [

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dictlearn.dictionaries import Dictionary
-from dictlearn.lm import LM, edit, name_of, resolve
+from dictlearn.lm import LM, edit, model_of, name_of, resolve
 from dictlearn.types import DictlearnError, Site
 
 POLICIES = ("transparent", "frozen_error", "stop")
@@ -83,7 +83,7 @@ def attach(
     """
     if policy not in POLICIES:
         raise DictlearnError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}.")
-    model = lm.model if isinstance(lm, LM) else lm
+    model = model_of(lm)
     run = Run(model)
     named = by_name(dictionaries)
     read: dict[str, Tensor] = {}

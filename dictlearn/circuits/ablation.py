@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dictlearn.checks import check_choice, check_count
-from dictlearn.circuits.cuts import Cut, record
+from dictlearn.circuits.cuts import Cut, check_cuts, record
 from dictlearn.circuits.pairs import PairBatch
+from dictlearn.lm import LM, model_of
 
 PER_PAIR = ("patch", "resample")
 MEANS = ("mean", "mean_positional")
@@ -42,7 +43,7 @@ class Ablation:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: LM | PreTrainedModel,
         cuts: Sequence[Cut],
         batch: PairBatch,
         kind: str = "patch",
@@ -51,7 +52,9 @@ class Ablation:
     ) -> None:
         check_choice("ablation", kind, ABLATIONS)
         check_count("n_rows", n_rows)
-        self._model, self._cuts, self._kind, self._batch, self._n_rows = model, cuts, kind, batch, n_rows
+        check_cuts(cuts)
+        self._model, self._cuts, self._kind = model_of(model), cuts, kind
+        self._batch, self._n_rows = batch, n_rows
         generator = torch.Generator().manual_seed(seed)
         n = len(batch)
         shift = torch.randint(1, n, (), generator=generator).item() if n > 1 else 0
@@ -97,4 +100,4 @@ class Ablation:
 
 def _nodes(cut: Cut, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     values = cut.dense_values(cut.dictionary.select_reads(acts))
-    return values, cut.targets(acts) - cut.written(values)
+    return values, cut.rests(acts, cut.written(values))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from dictlearn.checks import check_choice, check_count, check_flag
 from dictlearn.circuits.ablation import ABLATIONS, Ablation
@@ -20,13 +21,14 @@ from dictlearn.circuits.pairs import PairBatch
 from dictlearn.circuits.scores import method_of, with_settings
 from dictlearn.circuits.tasks.base import Task
 from dictlearn.dictionaries import Dictionary
-from dictlearn.evaluation.context import EvaluationContext, Sections
+from dictlearn.evaluation.context import EvaluationContext, Sections, progress
 from dictlearn.lm import LM
 from dictlearn.types import DictlearnError
 
 TASKS = "dictlearn.circuits.tasks"
 SAMPLE_TOKENS = 4096  # held-out activations that PCA and the means of random dictionaries are estimated on
 SEED = 0  # of the pairs
+KINDS = ("neurons", "pca", "random")  # of baselines
 
 
 class Circuits:
@@ -81,11 +83,13 @@ class Circuits:
             why = "circuits are left out: planted activations come without a language model"
             return {name: {"warnings": [why]} for name in context.dictionaries}
         sections: dict[str, Sections] = {}
-        baselines, known = _Baselines(context), {}
-        for together in sets_of(context.dictionaries):
-            cuts_of(context.lm.model, together)
-            others = baselines.of(together) if self.baselines else {}
-            sections |= dict.fromkeys(together, self._of_set(context.lm, together, others, known))
+        baselines, known, sets = _Baselines(context), {}, sets_of(context.dictionaries)
+        n_cuts = len(sets) * len(self.tasks) * (1 + self.baselines * len(KINDS))
+        with progress("circuits", n_cuts, "cut") as bar:
+            for together in sets:
+                cuts_of(context.lm.model, together)
+                others = baselines.of(together) if self.baselines else {}
+                sections |= dict.fromkeys(together, self._of_set(context.lm, together, others, known, bar))
         return sections
 
     def _of_set(
@@ -94,21 +98,26 @@ class Circuits:
         dictionaries: Mapping[str, Dictionary],
         others: Mapping[str, Mapping[str, Dictionary]],
         known: dict[Any, dict[str, Any]],
+        bar: tqdm[Any],
     ) -> Sections:
         """`known` are numbers of baselines, which several sets may have in common."""
         found: dict[str, Any] = {}
         warnings: list[str] = []
         for name, task in self.tasks.items():
+            bar.set_postfix_str(f"{name}, dictionaries")
             try:
                 find, test = self.pairs(task, lm, dictionaries)
                 of_task = self._of_model(lm, find, test) | {
                     "dictionaries": self._of_cut(lm, dictionaries, find, test)
                 }
+                bar.update()
                 for kind, own in others.items():
+                    bar.set_postfix_str(f"{name}, {kind}")
                     key = id(find), *map(id, own.values())
                     if key not in known:
                         known[key] = self._of_cut(lm, own, find, test, exact=kind in EXACT)
                     of_task[kind] = known[key]
+                    bar.update()
                 found[name] = of_task
             except DictlearnError as error:
                 warnings.append(f"circuits.{name} is left out: {error}")
@@ -205,7 +214,7 @@ class _Baselines:
 
     def of(self, dictionaries: Mapping[str, Dictionary]) -> dict[str, dict[str, Dictionary]]:
         """By kind and site."""
-        found: dict[str, dict[str, Dictionary]] = {"neurons": {}, "pca": {}, "random": {}}
+        found: dict[str, dict[str, Dictionary]] = {kind: {} for kind in KINDS}
         for name, d in dictionaries.items():
             seen = _seen(self._context, name, d)
             n_latents, k = d.n_latents // len(d.writes), max(1, round(seen.l0))

@@ -25,9 +25,11 @@ FILE = "circuits.csv"
 
 
 class CircuitsInTraining(Callback):
-    """Before training, every `every_n_steps` steps and at the end a row of `folder/circuits.csv` for each task and
-    set of dictionaries: `step`, `n_tokens`, `task`, `dictionaries`, `cpr`, `n_at_0.8` and what else `Curve.summary`
-    has, errors being scored as nodes. A resumed run goes on where the rows before its first step end.
+    """Before training, every `every_n_steps` steps and at the end two rows of `folder/circuits.csv` for each task
+    and set of dictionaries: `step`, `n_tokens`, `task`, `dictionaries`, `errors`, `error_share`, `cpr`, `n_at_0.8`
+    and what else `Curve.summary` has. With errors "scored", those of dictionaries that were never trained carry the
+    behaviour; with errors "removed" latents have to. A resumed run goes on where the rows before its first step
+    end.
 
     Training is not changed by it: random numbers come from generators of its own.
 
@@ -85,6 +87,7 @@ class CircuitsInTraining(Callback):
             find, test = own.pairs(task, lm, dictionaries)
             scores = own.method.scores(lm.model, cuts, find, own.positions, own.n_rows)
             ablation = Ablation(lm.model, cuts, test, own.ablation, own.n_rows)
-            numbers = curve(lm.model, cuts, ablation, scores, order=own.order).summary()
-            found.append((name, {"error_share": error_share(scores), **numbers}))
+            for errors in ("scored", "removed"):
+                numbers = curve(lm.model, cuts, ablation, scores, errors, own.order).summary()
+                found.append((name, {"errors": errors, "error_share": error_share(scores), **numbers}))
         return found

@@ -1,15 +1,17 @@
 """Where dictionaries cut a model: the activations at their write sites as a sum over nodes.
 
-    activation = sum over latents of value_i * row_i + rest
+    activation = sum over latents of value_i * row_i + skip + rest
 
 `value_i` is the latent, times what an input norm took off its token, so that the sum is linear in the values;
-`rest` is what the error node stands for: bias, skip path and error.
+`rest` is what the error node stands for: bias and error. What a skip path writes is no node: it is always computed,
+on what the dictionary reads as the model runs.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,9 +22,10 @@ from dictlearn.checks import check_choice
 from dictlearn.circuits.parts import n_layers
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries._input_norm import normed, undone
-from dictlearn.lm import resolve
+from dictlearn.lm import LM, model_of, resolve
 from dictlearn.lm.sites import FAMILIES
 from dictlearn.lm.taps import capture
+from dictlearn.splice import by_name
 from dictlearn.types import DictlearnError, Latents, Site, SparseLatents, TokenIds
 
 Acts = Mapping[str, Tensor]  # [n, ctx, d] by site name
@@ -75,6 +78,20 @@ class Cut:
         bias = d.denormalise(d.b_dec.flatten().expand(*tokens, -1), x)
         return bias if d.site_axis else bias.unsqueeze(-2)
 
+    def skipped(self, x: Tensor) -> Float[Tensor, "*tokens n_writes d_out"]:
+        """What the skip path writes, from raw reads; zeros where there is none."""
+        d = self.dictionary
+        tokens = x.shape[: -2 if d.site_axis else -1]
+        if d.W_skip is None:
+            return d.b_dec.new_zeros(()).expand(*tokens, len(self.writes), d.d_out)
+        skipped = d._skip(d.normalise(x)).reshape(*tokens, len(self.writes), d.d_out) / d.write_scale.unsqueeze(-1)
+        return skipped * self._factor(x).unsqueeze(-1) if undone(d.input_norm) else skipped
+
+    def rests(self, acts: Acts, written: Float[Tensor, "*tokens n_writes d_out"]) -> Tensor:
+        """What the error nodes stand for, where latents write `written`."""
+        rests = self.targets(acts) - written
+        return rests if self.dictionary.W_skip is None else rests - self.skipped(self.dictionary.select_reads(acts))
+
     def written_along(
         self, values: SparseLatents, gradient: Float[Tensor, "n_tokens n_writes d_out"]
     ) -> tuple[Float[Tensor, "n_tokens n_writes d_out"], Float[Tensor, " nnz"]]:
@@ -86,16 +103,20 @@ class Cut:
         return written.detach(), along * values.values
 
 
-def cuts_of(model: PreTrainedModel, dictionaries: Mapping[str, Dictionary]) -> list[Cut]:
-    """Dictionaries in a model, by name.
+def cuts_of(
+    model: LM | PreTrainedModel, dictionaries: Dictionary | Mapping[str, Dictionary] | Sequence[Dictionary]
+) -> list[Cut]:
+    """Dictionaries in a model, by name; those without one by their write sites.
 
     Raises DictlearnError for none, for two that write one activation, and for several write sites whose latents
     need all reads (a crosscoder of several layers). A read after its write shows when the model runs.
     """
     if not dictionaries:
         raise DictlearnError("A circuit needs at least one dictionary, got none.")
-    cuts = [Cut(model, name, dictionary) for name, dictionary in dictionaries.items()]
-    before = _layers_before(model)
+    own = model_of(model)
+    named = dictionaries if isinstance(dictionaries, Mapping) else by_name(dictionaries)
+    cuts = [Cut(own, name, dictionary) for name, dictionary in named.items()]
+    before = _layers_before(own)
     owners: dict[tuple[str, str], tuple[str, str]] = {}
     for cut in cuts:
         for site in cut.writes:
@@ -111,6 +132,12 @@ def cuts_of(model: PreTrainedModel, dictionaries: Mapping[str, Dictionary]) -> l
                 "for dictionaries of one write site, and for cross-layer transcoders."
             )
     return cuts
+
+
+def check_cuts(cuts: Sequence[Any]) -> None:
+    """Raises DictlearnError for dictionaries that are in no model yet."""
+    if wrong := next((cut for cut in cuts if not isinstance(cut, Cut)), None):
+        raise DictlearnError(f"Cuts are what cuts_of(model, dictionaries) returns, got {type(wrong).__name__}.")
 
 
 def _layers_before(model: PreTrainedModel) -> dict[tuple[str, str], tuple[str, str]]:

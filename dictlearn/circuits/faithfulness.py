@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 
 from dictlearn.checks import check_choice
 from dictlearn.circuits.ablation import Ablation
-from dictlearn.circuits.cuts import Cut, record
+from dictlearn.circuits.cuts import Cut, check_cuts, record
 from dictlearn.circuits.nodes import Nodes, NodeValues, Ranking, complement, everything, with_errors
 from dictlearn.circuits.run import run_circuit
+from dictlearn.lm import LM, model_of
 from dictlearn.types import DictlearnError
 
 ERRORS = ("scored", "kept", "removed")
@@ -99,7 +100,11 @@ class Curve:
     def n_at(self, level: float) -> float | None:
         """The number of nodes at which faithfulness first reaches `level`, between two sizes by the logarithm of
         the size; None where it does not.
+
+        Raises DictlearnError for a level that is not above 0 and at most 1.
         """
+        if not 0 < level <= 1:
+            raise DictlearnError(f"level must be a share: above 0 and at most 1, got {level!r}.")
         found = self.faithfulness.tolist()
         for place, share in enumerate(found):
             if share < level or self.sizes[place] == 0:
@@ -145,7 +150,7 @@ def sizes_for(n_candidates: int, n_sizes: int = 20) -> tuple[int, ...]:
 
 @torch.no_grad()
 def curve(
-    model: PreTrainedModel,
+    model: LM | PreTrainedModel,
     cuts: Sequence[Cut],
     ablation: Ablation,
     scores: Nodes,
@@ -164,15 +169,19 @@ def curve(
     Raises DictlearnError where ablating all nodes does not change the metric.
     """
     check_choice("errors", errors, ERRORS)
+    check_cuts(cuts)
+    own = model_of(model)
     ranking = Ranking(scores, order, errors=errors == "scored")
     chosen = sizes_for(len(ranking)) if sizes is None else tuple(sizes)
+    if list(chosen) != sorted(set(chosen)):
+        raise DictlearnError(f"sizes must be ascending, got {list(chosen)}.")
     circuits = [_circuit(ranking.first(size), errors) for size in chosen]
     outside = [_circuit(complement(ranking.first(size)), errors) for size in chosen]
     ends = everything(scores, latents=False, errors=False), _circuit(everything(scores), errors)
     parts: list[Tensor] = []
     for chunk, ablated in ablation.chunks():
-        whole = chunk.value(record(model, (), chunk.clean)[0])
-        runs = [run_circuit(model, cuts, chunk, circuit, ablated) for circuit in (*ends, *circuits, *outside)]
+        whole = chunk.value(record(own, (), chunk.clean)[0])
+        runs = [run_circuit(own, cuts, chunk, circuit, ablated) for circuit in (*ends, *circuits, *outside)]
         parts.append(torch.stack([whole, *runs]))
     values = torch.cat(parts, dim=1)
     (whole, none, of_all), rest = values[:3], values[3:]
@@ -180,7 +189,7 @@ def curve(
 
 
 def curves(
-    model: PreTrainedModel,
+    model: LM | PreTrainedModel,
     cuts: Sequence[Cut],
     ablation: Ablation,
     scores: Nodes,

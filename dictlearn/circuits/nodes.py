@@ -1,7 +1,7 @@
 """Nodes: the parts of a model's activations that a circuit keeps or takes away.
 
 A node of a dictionary is one latent at one position of the prompt, or at all of them; beside those, each write site
-has one error node per position: all that the latents do not write there (bias, skip path and error).
+has one error node per position: all that neither the latents nor a skip path write there (bias and error).
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dictlearn.circuits.ablation import Ablated
-from dictlearn.circuits.cuts import Cut, labels, last_logits, sites_of
+from dictlearn.circuits.cuts import Cut, check_cuts, labels, last_logits, sites_of
 from dictlearn.circuits.nodes import Nodes, NodeValues
 from dictlearn.circuits.pairs import PairBatch
+from dictlearn.lm import LM, model_of
 from dictlearn.lm.taps import edit
 from dictlearn.types import DictlearnError
 
@@ -22,7 +23,7 @@ Where: TypeAlias = tuple[str, str]  # module and io of a site, which may have se
 
 @torch.no_grad()
 def run_circuit(
-    model: PreTrainedModel,
+    model: LM | PreTrainedModel,
     cuts: Sequence[Cut],
     batch: PairBatch,
     circuit: Nodes,
@@ -30,11 +31,12 @@ def run_circuit(
 ) -> Float[Tensor, " n"]:
     """The metric of each clean prompt with the nodes outside `circuit` ablated (Marks et al. 2024).
 
-    Latents and errors of the circuit are computed on the stream as it runs, after earlier ablations. At special
-    tokens nothing is ablated.
+    Latents and errors of the circuit, and skip paths, are computed on the stream as it runs, after ablation.
+    At special tokens nothing is ablated.
 
     Raises DictlearnError where the model reaches a write site before a site that its dictionary reads.
     """
+    check_cuts(cuts)
     read: dict[Where, Tensor] = {}
     writers: dict[Where, tuple[Cut, int]] = {s[1:]: (cut, i) for cut in cuts for i, s in enumerate(cut.writes)}
 
@@ -49,8 +51,9 @@ def run_circuit(
 
         return edited
 
-    with edit(model, {site: at(where) for where, site in {s[1:]: s for s in sites_of(cuts).values()}.items()}):
-        return batch.value(last_logits(model, batch.clean))
+    own = model_of(model)
+    with edit(own, {site: at(where) for where, site in {s[1:]: s for s in sites_of(cuts).values()}.items()}):
+        return batch.value(last_logits(own, batch.clean))
 
 
 def _positions(nodes: NodeValues) -> str:
@@ -80,7 +83,7 @@ def _ablate(
     added = cut.written(change)[..., place, :]
     keep = _at(kept.errors[place], label)  # [ctx]
     if not keep.all():
-        rest = act - cut.written(values)[..., place, :]
+        rest = act - (cut.written(values) + cut.skipped(x))[..., place, :]
         to = cut.bias(x) if ablated.rest is None else ablated.rest
         added = added + torch.where(keep.unsqueeze(-1), 0.0, to[..., place, :] - rest)
     return act + added.to(act.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from dictlearn.circuits.methods.base import N_ROWS, Method
 from dictlearn.circuits.nodes import NodeValues
 from dictlearn.circuits.pairs import PairBatch
 from dictlearn.dictionaries import Dictionary
-from dictlearn.lm import LM
+from dictlearn.lm import LM, model_of
 from dictlearn.registry import lookup
 from dictlearn.types import DictlearnError
 
@@ -22,7 +22,7 @@ PACKAGE = "dictlearn.circuits.methods"
 
 def node_scores(
     model: LM | PreTrainedModel,
-    dictionaries: Mapping[str, Dictionary],
+    dictionaries: Dictionary | Mapping[str, Dictionary] | Sequence[Dictionary],
     batch: PairBatch,
     metric: str | None = None,
     method: str | Mapping[str, Any] | Method = "gradient",
@@ -32,6 +32,7 @@ def node_scores(
     """How much every node of the dictionaries matters for the metric: estimates of m(patched) - m(clean).
 
     Args:
+        dictionaries: those without a name go by their write sites.
         metric: one of metrics.py; None: that of the pairs.
         method: the name of a file in circuits/methods, {name: settings}, or a method itself.
         positions: a node for "each" position, or one for "all" of them.
@@ -39,7 +40,7 @@ def node_scores(
 
     Raises DictlearnError for unknown names, and dictionaries that cannot stand in a model together.
     """
-    own = model.model if isinstance(model, LM) else model
+    own = model_of(model)
     pairs = (batch if metric is None else replace(batch, metric=metric)).to(own.device)
     return method_of(method).scores(own, cuts_of(own, dictionaries), pairs, positions, n_rows)
 

@@ -12,7 +12,7 @@ from dictlearn.evaluation.plots import legend_beside, log_ticks, new_figure, sav
 from dictlearn.evaluation.report import value_at
 
 LABELS = {
-    ("dictionaries", "scored"): "dictionaries",
+    ("dictionaries", "scored"): "dictionaries, errors scored",
     ("dictionaries", "kept"): "dictionaries, errors kept",
     ("dictionaries", "removed"): "dictionaries, errors removed",
     ("neurons", "scored"): "neurons",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dictlearn.data.planted import PlantedModel
 from dictlearn.dictionaries import Dictionary
@@ -163,8 +163,8 @@ class EvaluationContext:
     def _batches(
         self, description: str, tokens: Int[Tensor, "n_rows ctx"], masks: Mapping[MaskKey, Tensor]
     ) -> Iterator[RowBatch]:
-        device, every = self.lm.device, 0.1 if sys.stderr.isatty() else 10.0  # seconds
-        with tqdm(total=len(tokens), desc=description, unit="row", mininterval=every) as bar:
+        device = self.lm.device
+        with progress(description, len(tokens), "row") as bar:
             for first in range(0, len(tokens), self.batch_rows):
                 rows = slice(first, min(first + self.batch_rows, len(tokens)))
                 own = {key: mask[rows].to(device) for key, mask in masks.items()}
@@ -177,6 +177,11 @@ class EvaluationContext:
         """Activations at all positions by site name, of the sites `names` (None: all of the dictionaries)."""
         sites = [self.sites[name] for name in (self.sites if names is None else names)]
         return activations(self.lm.model, sites, batch.tokens)
+
+
+def progress(description: str, total: int, unit: str) -> tqdm[Any]:
+    """A progress bar, which says little where no terminal shows it."""
+    return tqdm(total=total, desc=description, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 10.0)
 
 
 @runtime_checkable
@@ -192,8 +197,14 @@ class EvaluationBlock(Protocol):
 class CheckedBlock(EvaluationBlock, Protocol):
     """A block that can say without the LM's weights why it cannot run."""
 
-    def problems(self, model: PreTrainedModel, dictionaries: Mapping[str, Dictionary]) -> list[str]:
-        """One sentence each; `model` has the LM's modules."""
+    def problems(
+        self,
+        model: PreTrainedModel,
+        lm_name: str,
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+        dictionaries: Mapping[str, Dictionary],
+    ) -> list[str]:
+        """One sentence each; `model` has the LM's modules, `tokenizer` loads its tokenizer."""
         ...
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from dictlearn.evaluation.circuit_plots import plot_circuits, plot_sweep, sweep_table
+from dictlearn.evaluation.circuit_table import circuits_table
 from dictlearn.evaluation.context import EvaluationBlock, EvaluationContext
 from dictlearn.evaluation.plots import plot_report
 from dictlearn.evaluation.run import Results, evaluate
@@ -32,6 +33,8 @@ def evaluate_and_show(
         plot_sweep(sweep, plots / "circuits_sweep.png")
     if any({"sparsity", "behaviour"} & report.keys() for report in results.reports.values()):
         console.print(report_table(results.reports))
+    if (circuits := circuits_table(results.reports)) is not None:
+        console.print(circuits)
     for page, graph in {r["graph"]["page"]: r["graph"] for r in results.reports.values() if "graph" in r}.items():
         scores = f"replacement score {graph['replacement']:.3f}, completeness {graph['completeness']:.3f}"
         size = f"{graph['n_kept_latents']} latents and {graph['n_kept_edges']} edges shown"

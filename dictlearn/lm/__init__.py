@@ -1,7 +1,7 @@
 """Language models: load them, name places in them, read and replace activations there."""
 
 from dictlearn.lm.clean_run import CleanRun, Patched, reached
-from dictlearn.lm.load import LM, find_device, lm_config, load_lm, skeleton
+from dictlearn.lm.load import LM, find_device, lm_config, load_lm, load_tokenizer, model_of, skeleton
 from dictlearn.lm.sites import file_name, name_of, resolve, resolve_pair, site_width
 from dictlearn.lm.taps import activations, capture, edit, widths
 
@@ -16,6 +16,8 @@ __all__ = [
     "find_device",
     "lm_config",
     "load_lm",
+    "load_tokenizer",
+    "model_of",
     "name_of",
     "reached",
     "resolve",

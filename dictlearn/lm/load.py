@@ -103,6 +103,11 @@ def load_lm(name: str, revision: str | None = None, dtype: str | None = None, de
     return LM(model, tokenizer, name, commit, dtype)
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, without its weights. Raises DictlearnError when it cannot be read."""
+    return _tokenizer(name, *_source(name, revision))
+
+
 def lm_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """The config of a language model, without its weights. Raises DictlearnError when it cannot be read."""
     return _config(name, *_source(name, revision))
@@ -137,6 +142,11 @@ def _source(name: str, revision: str | None) -> tuple[str, str | None]:
     if name == "embedded" or name.startswith(("/", "./", "../", "~")):
         raise DictlearnError(f"lm.name must be a folder or a Hub id, but there is no folder {path}.")
     return name, commit_of(name, revision)
+
+
+def model_of(lm: LM | PreTrainedModel) -> PreTrainedModel:
+    """The model itself, where either may be given."""
+    return lm.model if isinstance(lm, LM) else lm
 
 
 def find_device(name: Any) -> torch.device:

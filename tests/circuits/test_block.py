@@ -258,6 +258,10 @@ def test_dictionaries_measured_together_are_drawn_and_warned_of_once(lm: LM, tmp
     said = console.export_text()
     assert said.count("colored_objects is left out") == 1
     assert "a, b: circuits.colored_objects is left out" in said
+    (scored,) = [
+        line.split() for line in said.splitlines() if line.split()[:4] == ["ioi", "2", "dictionaries", "scored"]
+    ]
+    assert float(scored[-2]) == 1.0  # f of all
     sweep = {"a": dictionary("resid_post.1", 0), "b": dictionary("resid_post.1", 1)}
     assert shown(sweep, tmp_path / "sweep") == {"a_circuits.png", "b_circuits.png", "circuits_sweep.png"}
 
@@ -289,7 +293,7 @@ def test_a_resumed_run_has_the_rows_of_one_that_was_not_stopped(
 ) -> None:
     """From a checkpoint at any step, on the grid of measurements or not, after which rows may have been written."""
     whole = train_steps(lm, tmp_path / "whole", 0, 6)
-    assert pd.read_csv(tmp_path / "whole" / "circuits.csv").step.tolist() == [0, 2, 4, 6]
+    assert pd.read_csv(tmp_path / "whole" / "circuits.csv").step.tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
     train_steps(lm, tmp_path / "cut", 0, stopped)
     assert train_steps(lm, tmp_path / "cut", resumed, 6) == whole
 
@@ -333,9 +337,12 @@ def test_through_both_doors(tmp_path: Path) -> None:
     circuits = ("callbacks=circuits", "callbacks.circuits.every_n_steps=20", "callbacks.circuits.n_pairs=4")
     run_train(run, "circuits=[ioi]", *circuits, "~evaluation.blocks.circuits")
     table = pd.read_csv(run / "circuits.csv")
-    assert table.step.tolist() == [0, 20, 40]
+    assert table.step.tolist() == [0, 0, 20, 20, 40, 40]
+    assert table.errors.tolist() == ["scored", "removed"] * 3
+    assert table.query("errors == 'scored'").faithfulness_of_all.tolist() == pytest.approx([1.0] * 3, abs=1e-4)
+    assert table.query("errors == 'removed'").faithfulness_of_all.iloc[0] < 0.5  # not trained yet
     assert set(table.task) == {"ioi"}
-    assert table.n_tokens.tolist() == [0, 5120, 10240]
+    assert table.n_tokens.unique().tolist() == [0, 5120, 10240]
     assert all(isinstance(value, float) and value == value for value in table["cpr"].tolist())
     run_train(tmp_path / "plain")
     assert weight_hashes(run) == weight_hashes(tmp_path / "plain")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dictlearn.circuits.ablation import ABLATIONS, Ablation
-from dictlearn.circuits.cuts import cuts_of, record
+from dictlearn.circuits.cuts import check_cuts, cuts_of, record
 from dictlearn.circuits.faithfulness import Curve, curve, error_share, sizes_for
 from dictlearn.circuits.metrics import METRICS
 from dictlearn.circuits.nodes import NodeValues, Ranking, complement, everything
@@ -24,7 +25,15 @@ from dictlearn.lm import resolve
 from dictlearn.lm.taps import capture, edit
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError
-from tests.circuits.setup import FAMILIES, filled, rows_of, scaled_cross_layer, scaled_dictionaries, some_pairs
+from tests.circuits.setup import (
+    FAMILIES,
+    filled,
+    rows_of,
+    scaled_cross_layer,
+    scaled_dictionaries,
+    some_pairs,
+    tiny_model,
+)
 
 GetModel = Callable[[str], PreTrainedModel]
 
@@ -234,6 +243,85 @@ def test_reads_are_of_what_is_left_by_whatever_name(model: GetModel, first: bool
     torch.testing.assert_close(found[0], found[1])
 
 
+class _Own(nn.Module):
+    """An MLP that is a transcoder."""
+
+    def __init__(self, d: Dictionary) -> None:
+        super().__init__()
+        self.d = d
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(x).recon
+
+
+def test_what_is_no_cut_no_level_no_sizes(model: GetModel) -> None:
+    own, batch = model("gpt2"), some_pairs()
+    d = scaled_dictionaries(own)["stream"]
+    (cut,) = cuts_of(own, d)
+    assert cut.name == d.writes[0]
+    scores = node_scores(own, d, batch)
+    with pytest.raises(DictlearnError, match=r"Cuts are what cuts_of\(model, dictionaries\) returns, got Linear"):
+        check_cuts([d])
+    ablation = Ablation(own, [cut], batch)
+    with pytest.raises(DictlearnError, match=r"sizes must be ascending, got \[5, 0\]"):
+        curve(own, [cut], ablation, scores, sizes=(5, 0))
+    found = curve(own, [cut], ablation, scores, sizes=(0, 5))
+    for level in (0, 80):
+        with pytest.raises(DictlearnError, match="level must be a share: above 0 and at most 1, got"):
+            found.n_at(level)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_a_transcoder_that_is_the_mlp_has_no_error(tmp_path: Path, ablation: str) -> None:
+    """Its skip path is none: latents alone are the whole model."""
+    own, batch = tiny_model(tmp_path, "gpt2"), some_pairs()
+    d = scaled_dictionaries(own)["transcoder"]
+    own.get_submodule("transformer.h.1").mlp = _Own(d)
+    cuts = cuts_of(own, {"d": d})
+    scores = node_scores(own, {"d": d}, batch)
+    assert error_share(scores) < 1e-12
+    found = curve(own, cuts, Ablation(own, cuts, batch, ablation), scores, "removed", sizes=(0, 5))
+    assert found.summary()["faithfulness_of_all"] == pytest.approx(1.0, abs=1e-9)
+    assert found.faithfulness[0] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("ablation", ["patch", "zero"])
+def test_a_skip_path_is_computed_on_what_is_left(model: GetModel, ablation: str) -> None:
+    """By hand, with the stream before it ablated: x there is not that of either prompt."""
+    own, batch = model("gpt2"), some_pairs()
+    chosen = {name: d for name, d in scaled_dictionaries(own).items() if name in ("stream", "transcoder")}
+    d, cuts = chosen["transcoder"], cuts_of(own, chosen)
+    W_skip = d.W_skip
+    assert W_skip is not None
+    keep = NodeValues(torch.rand(6, 24) < 0.5, torch.tensor([[True, False, True, False, True, False]]))
+    circuit = everything(node_scores(own, chosen, batch)) | {"transcoder": keep}
+    circuit["stream"] = NodeValues(torch.rand(6, 24) < 0.5, circuit["stream"].errors)
+    ((chunk, ablated),) = Ablation(own, cuts, batch, ablation).chunks()
+    sites = [resolve(own, site) for site in ("mlp_in.1", "mlp_out.1")]
+    with torch.no_grad(), capture(own, sites) as patch:
+        own(batch.patch)
+    stream_alone = circuit | {"transcoder": everything(circuit)["transcoder"]}
+    with capture(own, sites) as running:  # the transcoder's own site is not ablated
+        run_circuit(own, cuts, chunk, stream_alone, ablated)
+
+    def parts(acts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, skip path and the rest."""
+        x, y = acts["mlp_in.1"], acts["mlp_out.1"]
+        code, skip = d.encode(x), x @ W_skip.T * d.read_scale / d.write_scale
+        return code, skip, y - code @ rows_of(d) - skip
+
+    code, skip, rest = parts(running)
+    other, _, other_rest = parts(patch)
+    if ablation == "zero":
+        other, other_rest = torch.zeros_like(other), (d.b_dec / d.write_scale).expand_as(rest)
+    new = torch.where(keep.latents, code, other) @ rows_of(d) + skip
+    new = new + torch.where(keep.errors[0].unsqueeze(-1), rest, other_rest)
+    unablated = {"transcoder": everything(circuit)["transcoder"], "stream": circuit["stream"]}
+    with torch.no_grad(), edit(own, {sites[1]: lambda _: new}):
+        expected = run_circuit(own, cuts[:1], chunk, unablated, ablated)
+    torch.testing.assert_close(run_circuit(own, cuts, chunk, circuit, ablated), expected)
+
+
 def test_zero_ablation_keeps_what_an_input_norm_took_off(model: GetModel) -> None:
     own, batch = model("gpt2"), some_pairs()
     d = scaled_dictionaries(own)["z"]
@@ -356,7 +444,7 @@ def test_what_is_read_off_a_curve() -> None:
     assert found.complement_faithfulness.tolist() == pytest.approx([1, 0.5, 0, -0.2])
     assert found.n_at(0.5) == 1
     assert found.n_at(0.75) == pytest.approx(2)  # half way from 1 to 4 in the logarithm
-    assert found.n_at(1.3) is None
+    assert line([0.0, 0.4], (0, 10)).n_at(0.5) is None
     assert (found.at(4), found.at(5)) == (pytest.approx(1), None)
     cpr, cmd = found.areas()
     assert cpr == pytest.approx(0.1 * 0.25 + 0.3 * 0.75 + 0.6 * 1.1)

@@ -26,6 +26,7 @@ from dictlearn.circuits.nodes import NodeValues
 from dictlearn.circuits.pairs import PairBatch
 from dictlearn.circuits.rules import relevance
 from dictlearn.circuits.scores import node_scores
+from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import resolve
 from dictlearn.lm.taps import capture, edit
 from dictlearn.types import DictlearnError
@@ -43,6 +44,15 @@ def activations(model: PreTrainedModel, batch: PairBatch, site: str) -> tuple[Te
     return found[0], found[1]
 
 
+def moved_by_nodes(model: PreTrainedModel, batch: PairBatch, d: Dictionary) -> Tensor:
+    """x_patch - x_clean at the write site, without what a skip path writes."""
+    clean, patch = activations(model, batch, d.writes[0])
+    if d.W_skip is None:
+        return patch - clean
+    before = activations(model, batch, d.reads[0])
+    return patch - clean - (before[1] - before[0]) @ d.W_skip.T * d.read_scale / d.write_scale
+
+
 def plain_gradient(model: PreTrainedModel, batch: PairBatch, site: str, act: Tensor) -> Tensor:
     """Of the metric at `act` in place of a site's activation, the rest of the model on the clean prompts."""
     leaf = act.clone().requires_grad_()
@@ -58,7 +68,7 @@ def plain_gradient(model: PreTrainedModel, batch: PairBatch, site: str, act: Ten
 @pytest.mark.parametrize("positions", ["each", "all"])
 @pytest.mark.parametrize("path", ["gradient", "left", "midpoint"])
 def test_scores_of_a_site_add_up(model: GetModel, family: str, positions: str, path: str) -> None:
-    """To gradient . (x_patch - x_clean), at every position, whatever the dictionary is."""
+    """To gradient . (x_patch - x_clean), at every position, whatever the dictionary is; a skip path is no node."""
     own, batch = model(family), some_pairs()
     points = {"gradient": [0.0], "left": [0.0, 1 / 3, 2 / 3], "midpoint": [0.25, 0.75]}[path]
     method = Gradient() if path == "gradient" else IntegratedGradients(len(points), path)
@@ -68,7 +78,7 @@ def test_scores_of_a_site_add_up(model: GetModel, family: str, positions: str, p
         (site,) = d.writes
         clean, patch = activations(own, batch, site)
         mean = sum(plain_gradient(own, batch, site, clean + a * (patch - clean)) for a in points) / len(points)
-        by_position = (mean * (patch - clean)).sum(-1).mean(0)  # [ctx]
+        by_position = (mean * moved_by_nodes(own, batch, d)).sum(-1).mean(0)  # [ctx]
         expected = by_position if positions == "each" else by_position.sum().view(1)
         total = found[name].latents.sum(-1) + found[name].errors.sum(0)
         assert expected.abs().max() > 1e-4
@@ -354,23 +364,28 @@ def test_contextual_decomposition_in_a_linear_model_is_exact(tmp_path: Path) -> 
     assert torch.corrcoef(torch.stack([exact.latents[moving], found.latents[moving]]))[0, 1] > 0.9
 
 
-def test_information_flow_of_nodes_by_hand(model: GetModel) -> None:
+@pytest.mark.parametrize("name", ["mlp", "transcoder"])
+def test_information_flow_of_nodes_by_hand(model: GetModel, name: str) -> None:
     own, batch = model("gpt2"), some_pairs()
-    d = scaled_dictionaries(own)["mlp"]
+    d = scaled_dictionaries(own)[name]
+    for weight in (d.W_dec, d.W_skip, d.b_dec):
+        if weight is not None and name == "transcoder":
+            weight.mul_(0.01)  # of the size of what the MLP writes
     found = node_scores(own, {"d": d}, batch, method="information_flow")["d"]
-    share = information_flow(own, batch.clean).sites["mlp_out.2"]
-    y, _ = activations(own, batch, "mlp_out.2")
-    code = d.encode(y)
+    share = information_flow(own, batch.clean).sites[d.writes[0]]
+    x, y = (activations(own, batch, site)[0] for site in (d.reads[0], d.writes[0]))
+    code = d.encode(x)
+    skip = torch.zeros_like(y) if d.W_skip is None else x @ d.W_skip.T * d.read_scale / d.write_scale
     latents, errors = torch.zeros(6, d.n_latents, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     for row in range(len(batch)):
         for t in range(6):
             target = y[row, t]
             parts = [code[row, t, i] * rows_of(d)[i] for i in range(d.n_latents)]
-            parts.append(target - sum(parts))
+            parts += [target - sum(parts) - skip[row, t], skip[row, t]]
             near = torch.stack([(target.abs().sum() - (target - z).abs().sum()).clamp_min(0) for z in parts])
             near = near / max(float(near.sum()), 1e-300) * share[row, t]
-            latents[t] += near[:-1] / len(batch)
-            errors[t] += near[-1] / len(batch)
+            latents[t] += near[:-2] / len(batch)
+            errors[t] += near[-2] / len(batch)  # the skip path's is no node's
     torch.testing.assert_close(found.latents, latents)
     torch.testing.assert_close(found.errors[0], errors)
     assert float(found.latents.sum()) > 0
@@ -387,9 +402,9 @@ def test_relevance_of_a_site_adds_up(model: GetModel, family: str, attention: bo
     found = node_scores(own, dictionaries, batch, method=RelP(attention))
     for name, d in dictionaries.items():
         with relevance(own, attention=attention):  # whose rounding is not that of norms in float32
-            clean, patch = activations(own, batch, d.writes[0])
+            clean, _ = activations(own, batch, d.writes[0])
             coefficients = plain_gradient(own, batch, d.writes[0], clean)
-        expected = (coefficients * (patch - clean)).sum(-1).mean(0)
+            expected = (coefficients * moved_by_nodes(own, batch, d)).sum(-1).mean(0)
         total = found[name].latents.sum(-1) + found[name].errors.sum(0)
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
     plain = node_scores(own, dictionaries, batch)

@@ -102,5 +102,5 @@ def _moves(cut: Cut, clean: Acts, patch: Acts, batch: PairBatch, positions: str)
     values, rests = [], []
     for acts in (patch, clean):
         values.append(cut.dense_values(cut.dictionary.select_reads(acts)))
-        rests.append(cut.targets(acts) - cut.written(values[-1]))
+        rests.append(cut.rests(acts, cut.written(values[-1])))
     return _Moves(cut, values[0] - values[1], rests[0] - rests[1], label == places.unsqueeze(-1))

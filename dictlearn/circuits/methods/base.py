@@ -93,7 +93,8 @@ def scores_of(
     """(patch - clean) of every node along the gradient, summed over the positions of a node, the mean over pairs.
 
     Only latents that are active on the clean or the patch prompt are touched. At each write site the scores of
-    latents and errors add up to gradient . (x_patch - x_clean).
+    latents and errors add up to gradient . (x_patch - x_clean), x being the activation without what a skip path
+    writes.
     """
     return {
         cut.name: _scores(cut, batch, positions, clean, patch, grads[cut.name].to(cut.dictionary.b_dec.dtype))
@@ -116,7 +117,7 @@ def _scores(
         values = cut.values(acts)
         written, effects = cut.written_along(values, grad.flatten(0, 1))
         add_by_node_(table, values, effects, label)
-        rests.append(cut.targets(acts) - written.unflatten(0, grad.shape[:2]))
+        rests.append(cut.rests(acts, written.unflatten(0, grad.shape[:2])))
     latents = tables[0].sub_(tables[1])  # exactly zero where the pairs agree
     moved = (rests[0] - rests[1]).mul_(grad).sum((0, -1))  # [ctx, n_writes]
     return NodeValues(latents / len(batch), by_label(moved.T, label, n_labels) / len(batch))

@@ -23,7 +23,8 @@ class InformationFlow(Method):
     """The share of the prediction that flows through a site, divided among its nodes.
 
     A node that writes z into the activation y has the weight relu(|y| - |y - z|) in L1 norms, as contributions to
-    the stream have in the routes; the error node's z is all that latents do not write. The mean over clean prompts.
+    the stream have in the routes; the error node's z is bias and error. A skip path has its share too, which is no
+    node's. The mean over clean prompts.
 
     Raises DictlearnError for a site that is no part of the routes: there are resid_pre, resid_mid, resid_post,
     attn_out and mlp_out.
@@ -47,13 +48,15 @@ class InformationFlow(Method):
         values = cut.values(acts)
         of_token = torch.arange(values.n_tokens, device=label.device).repeat_interleave(values.offsets.diff())
         targets = cut.targets(acts).flatten(0, 1)  # [n_tokens, n_writes, d_out]
-        rests = targets - cut.written(values)
+        skipped = cut.skipped(d.select_reads(acts)).flatten(0, 1)
+        rests = targets - cut.written(values) - skipped
         latents, errors = values.values.new_zeros(n_labels, d.n_latents), []
         for place, site in enumerate(cut.writes):
             share = flow[site.name].flatten().to(targets)
             near = _nearness_of_entries(cut, values, of_token, targets, place)
             near_rest = _nearness(targets[:, place], rests[:, place])
-            total = near_rest.index_add(0, of_token, near).clamp_min(torch.finfo(near.dtype).tiny)
+            total = near_rest + _nearness(targets[:, place], skipped[:, place])
+            total = total.index_add(0, of_token, near).clamp_min(torch.finfo(near.dtype).tiny)
             add_by_node_(latents, values, near * (share / total)[of_token], label)
             by_position = (near_rest * share / total).unflatten(0, (-1, batch.ctx)).sum(0)
             errors.append(by_label(by_position, label, n_labels))
