@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
@@ -169,7 +170,7 @@ def values_at(cfg: DictConfig, values: Mapping[str, Any], where: str) -> DictCon
     for key, value in values.items():
         node = OmegaConf.select(cfg, key, default=_ABSENT)
         if node is _ABSENT:
-            problems.append(f"{where}: there is no key {key!r}")
+            problems.append(f"{where}: there is no key {key!r}{hint(key, keys_of(cfg))}")
         elif (shared := _shared_parent(cfg, key)) is not None:
             problems.append(f"{where}: {key} belongs to {shared}, which several dictionaries share: vary that")
         elif isinstance(node, DictConfig):
@@ -215,3 +216,22 @@ def _whole(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         return f": write {int(value):_}"
     return ""
+
+
+def keys_of(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All paths that can be overridden: those behind an interpolation belong to the node it points to."""
+    for key in cfg:
+        path = f"{prefix}{key}"
+        yield path
+        if OmegaConf.is_interpolation(cfg, str(key)) or OmegaConf.is_missing(cfg, str(key)):
+            continue
+        node: Any = cfg[key]
+        if isinstance(node, DictConfig):
+            yield from keys_of(node, f"{path}.")
+
+
+def hint(wrong: str, choices: Iterable[str]) -> str:
+    """ ": did you mean a or b?", or nothing."""
+    meant = [choice for choice in dict.fromkeys(choices) if not choice.endswith("_")]  # no _target_
+    close = difflib.get_close_matches(wrong, meant, n=3, cutoff=0.6)
+    return f": did you mean {' or '.join(close)}?" if close else ""

@@ -5,13 +5,13 @@ Hydra stops at the first one, with a text of its own; here all of them are found
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import itertools
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dictlearn.config import ConfigError, check_references, collect
+from dictlearn.config import ConfigError, check_references, collect, hint, keys_of
 from dictlearn.types import DictlearnError
 
 OPEN = ("objective", "logger", "evaluation.blocks", "dictionaries")  # take further entries of any name
@@ -40,8 +41,7 @@ def enter(
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes errors on, to be shown here
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: tensors on the CPU in huge pages, a sixth faster
-    if not set(MULTIRUN) & set(sys.argv):
-        sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     try:
         refuse_mistakes(conf, name, sys.argv[1:], further)
         main()
@@ -52,7 +52,9 @@ def enter(
 
 
 def quoted(argument: str) -> str:
-    """An override of one of `TEXTS` with its value in quotes for Hydra; as it is where that is null or has them."""
+    """An override of one of `TEXTS` with its value in quotes for Hydra; as it is where that is null or has them, as
+    several texts of a sweep have: key='"one","two"'.
+    """
     key, _, value = argument.partition("=")
     has_quotes = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
     if key not in TEXTS or value in ("", "null") or has_quotes:
@@ -180,7 +182,7 @@ def _choice_problem(conf: Path, override: Override) -> str | None:
     unknown = ["null" if c is None else str(c) for c in chosen if not isinstance(c, list) and str(c) not in choices]
     if not unknown:
         return None
-    return f"{override.key_or_group}={unknown[0]}: the choices are {', '.join(choices)}{_hint(unknown[0], choices)}"
+    return f"{override.key_or_group}={unknown[0]}: the choices are {', '.join(choices)}{hint(unknown[0], choices)}"
 
 
 def _key_problem(conf: Path, known: DictConfig, override: Override) -> str | None:
@@ -188,7 +190,7 @@ def _key_problem(conf: Path, known: DictConfig, override: Override) -> str | Non
     key = override.key_or_group
     if key.split(".")[0] == "hydra":
         return None
-    keys = list(_keys(known))
+    keys = list(keys_of(known))
     is_open = any(key.startswith(f"{node}.") for node in OPEN)
     if key in keys:
         if override.is_delete() and not is_open:
@@ -199,7 +201,7 @@ def _key_problem(conf: Path, known: DictConfig, override: Override) -> str | Non
     if override.is_add() or override.is_force_add():
         if is_open or (_passes_on(known, parent) and parent not in CLOSED):
             return None
-        return f"{key} is read by nothing{_hint(key, keys)}"
+        return f"{key} is read by nothing{hint(key, keys)}"
     groups = [path.name for path in conf.iterdir() if path.is_dir()]
     start, _, rest = key.partition(".")
     if start == "dictionaries" and rest.count(".") > 1:  # a part of a shared node
@@ -208,36 +210,25 @@ def _key_problem(conf: Path, known: DictConfig, override: Override) -> str | Non
         return f"there is no key {key!r}: for one dictionary alone write '{meant}'"
     if _passes_on(known, parent) and parent not in CLOSED:
         there = [str(k) for k in OmegaConf.select(known, parent) if not str(k).startswith("_")]
-        hint = _hint(own, there) or f": it has {', '.join(there) or 'none'}"
-        return f"there is no key {key!r} in {_target_name(known, parent)}{hint} (to add an argument: +{key}=...)"
+        meant = hint(own, there) or f": it has {', '.join(there) or 'none'}"
+        how = f" (to add an argument: +{key}=...)" if _takes(known, parent, own) else ""
+        return f"there is no key {key!r} in {_target_name(known, parent)}{meant}{how}"
     same_end = [k for k in keys if k.rpartition(".")[2] == own]
-    hint = f": did you mean {' or '.join(same_end[:3])}?" if same_end else _hint(key, keys + groups)
-    return f"there is no key {key!r}{hint}"
+    meant = f": did you mean {' or '.join(same_end[:3])}?" if same_end else hint(key, keys + groups)
+    return f"there is no key {key!r}{meant}"
 
 
 def _target_name(cfg: DictConfig, key: str) -> str:
     return str(OmegaConf.select(cfg, key)["_target_"]).rpartition(".")[2]
 
 
+def _takes(cfg: DictConfig, key: str, argument: str) -> bool:
+    """Whether what the node is built with has such an argument, or any."""
+    parameters = inspect.signature(get_object(OmegaConf.select(cfg, key)["_target_"])).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _passes_on(cfg: DictConfig, key: str) -> bool:
     """Whether the node is built with all that stands in it."""
     node = OmegaConf.select(cfg, key, throw_on_resolution_failure=False, throw_on_missing=False) if key else None
     return isinstance(node, DictConfig) and "_target_" in node
-
-
-def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    """All paths that can be overridden: those behind an interpolation belong to the node it points to."""
-    for key in cfg:
-        path = f"{prefix}{key}"
-        yield path
-        if OmegaConf.is_interpolation(cfg, str(key)) or OmegaConf.is_missing(cfg, str(key)):
-            continue
-        node: Any = cfg[key]
-        if isinstance(node, DictConfig):
-            yield from _keys(node, f"{path}.")
-
-
-def _hint(wrong: str, choices: Sequence[str]) -> str:
-    meant = [choice for choice in dict.fromkeys(choices) if not choice.endswith("_")]  # no _target_
-    close = difflib.get_close_matches(wrong, meant, n=3, cutoff=0.6)
-    return f": did you mean {' or '.join(close)}?" if close else ""

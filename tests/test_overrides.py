@@ -34,7 +34,7 @@ WRONG = [
     ("~evaluation.blocks.behavior", "did you mean evaluation.blocks.behaviour"),
     ("trainer.max_steps=3", "no key 'trainer.max_steps'"),
     ("+trainer.max_steps=3", "trainer.max_steps is read by nothing"),
-    ("data.strea=true", r"to add an argument: \+data.strea=..."),
+    ("data.strea=true", r"there is no key 'data.strea' in EmbeddedText: did you mean store\?$"),
     ("dictionaries.resid.set.sparsifier.k=3", r"write 'dictionaries.resid.set=\{sparsifier.k:...\}'"),
     ("dictionaries.resid.optimizer.lr=3", r"write 'dictionaries.resid.set=\{optimizer.lr:...\}'"),
     ("~n_tokens", "n_tokens cannot be left out"),
@@ -90,7 +90,12 @@ def test_several_values_are_a_sweep(override: str) -> None:
 @pytest.mark.usefixtures("hydra_conf")
 def test_keys_of_a_chosen_group_are_known() -> None:
     assert check(CONF, "train", ["sparsifier=relu", "sparsifier.l1=1"])[0] == []
-    assert len(check(CONF, "train", ["sparsifier.l1=1"])[0]) == 1
+    (problem,) = check(CONF, "train", ["sparsifier.l1=1"])[0]
+    assert problem.endswith(
+        "there is no key 'sparsifier.l1' in TopK: it has k, k_start, anneal"
+    )  # and takes no other
+    (problem,) = check(CONF, "train", ["logger=tensorboard", "logger.tensorboard.prefix=a"])[0]
+    assert problem.endswith("(to add an argument: +logger.tensorboard.prefix=...)")
 
 
 def further(cfg: DictConfig, overrides: list[str], job: int | None) -> None:

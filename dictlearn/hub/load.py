@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 from collections import Counter
 from collections.abc import Sequence
@@ -144,7 +145,13 @@ def _on_the_hub(ref: str) -> Place | list[Place] | None:
         hub_ref = parse(ref)
     except DictlearnError:
         return None
-    files = hub_files(hub_ref)
+    try:
+        files = hub_files(hub_ref)
+    except DictlearnError as error:
+        close = difflib.get_close_matches(hub_ref.repo.partition("/")[0], RELEASES, n=3, cutoff=0.8)
+        if not close:
+            raise
+        raise DictlearnError(f"{error} Did you mean the release {' or '.join(close)}?") from error
     found = [Place(files.anew(), path) for path in places_at(files, hub_ref.path)]
     return found if is_pattern(hub_ref.path) else found[0]
 

@@ -171,6 +171,16 @@ def test_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("server")
+def test_a_release_that_is_nearly_right() -> None:
+    with pytest.raises(
+        DictlearnError, match=r"no 'gpt2-small-res-jbb/8'.* Did you mean the release gpt2-small-res-jb\b"
+    ):
+        dictlearn.load("gpt2-small-res-jbb/8")
+    with pytest.raises(DictlearnError, match=r"There is no 'someone/else'.*\)\.$"):
+        dictlearn.load("someone/else")
+
+
+@pytest.mark.usefixtures("server")
 def test_references_of_every_kind_side_by_side(tmp_path: Path) -> None:
     found = locate(["someone/run:mlp_out.1", tmp_path / "native" / "mlp_out.1"])
     assert list(found) == ["someone_run_mlp_out.1", "native_mlp_out.1"]

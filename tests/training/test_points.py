@@ -58,7 +58,7 @@ WRONG = [
     ("grid={n_tokens:[64,128]}", "changes n_tokens"),
     ("grid={stream:[shuffled,sequences]}", "changes stream"),
     ("grid={site:[resid_post.0,resid_post.1]}", r"give sites=\[resid_post.0,resid_post.1\]"),
-    ("grid={sparsifer.k:[1,2]}", "there is no key 'sparsifer.k'"),
+    ("grid={sparsifer.k:[1,2]}", "there is no key 'sparsifer.k': did you mean sparsifier.k"),
     ("grid={sparsifier:[relu,top_k]}", "sparsifier is a group.*-m sparsifier=A,B"),
     ("grid={sparsifier.k:[4,4]}", "must differ"),
     ("grid={sparsifier.k:4}", "gives lists of values"),
