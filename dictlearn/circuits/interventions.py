@@ -5,14 +5,16 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias, TypeGuard
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dictlearn.choices import is_count
 from dictlearn.types import DictlearnError
 
 Amount: TypeAlias = int | float | Tensor  # of shape [], [n_latents], or [rows or 1, ctx or 1, n_latents or 1]
@@ -30,10 +32,11 @@ class Intervention(ABC):
         latents: one index or several.
         positions: columns of the prompt, from 0, padding included: a slice (`slice(5, None)`: from there on, tokens
             that are generated included), indices, or a mask `[rows, ctx]` (or `[1, ctx]`), which reach no generated
-            token. None: everywhere.
+            token; where several sequences are generated from each row, its mask is that of all of them. None:
+            everywhere.
 
     Raises DictlearnError for latents or positions of another kind, negative, or named twice, and for amounts that
-    are not finite.
+    are no finite numbers.
     """
 
     latents: int | Sequence[int] | Tensor
@@ -42,12 +45,14 @@ class Intervention(ABC):
     def __post_init__(self) -> None:
         if len(set(self.indices)) < len(self.indices):
             raise DictlearnError(f"latents must be named once in an intervention, got {self.indices}.")
-        for name, value in vars(self).items():
-            if isinstance(value, float | Tensor) and not torch.as_tensor(value).isfinite().all():
-                raise DictlearnError(f"{name} must be finite, got {value}.")
+        for own in fields(self):
+            if own.type in ("Amount", Amount):
+                check_amount(own.name, getattr(self, own.name))
         at = self.positions
         if isinstance(at, slice):
             _whole_numbers("positions", [bound for bound in (at.start, at.stop) if bound is not None])
+            if at.step is not None and not is_count(at.step, 1):
+                raise DictlearnError(f"positions must go forward, by a step of at least 1, got {at}.")
         elif _is_mask(at):
             if at.ndim != 2:
                 raise DictlearnError(f"positions as a mask must be [rows, ctx], got {list(at.shape)}.")
@@ -57,6 +62,8 @@ class Intervention(ABC):
     @property
     def indices(self) -> list[int]:
         """Of the latents."""
+        if isinstance(self.latents, Tensor) and self.latents.ndim == 0:
+            return _whole_numbers("latents", self.latents[None])
         return _whole_numbers("latents", [self.latents] if isinstance(self.latents, int) else self.latents)
 
     @abstractmethod
@@ -114,16 +121,34 @@ def _spread(amount: Amount, values: Float[Tensor, "rows ctx n"]) -> Float[Tensor
         ) from error
 
 
+def check_amount(name: str, value: Any) -> None:
+    """Raises DictlearnError unless an amount is a finite number, or a tensor of such."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, Tensor):
+        is_number = value.dtype != torch.bool and not value.is_complex()
+    if not is_number:
+        what = str(value.dtype) if isinstance(value, Tensor) else repr(value)
+        raise DictlearnError(f"{name} must be a number or a tensor of numbers, got {what}.")
+    if not torch.as_tensor(value).isfinite().all():
+        raise DictlearnError(f"{name} must be finite, got {value}.")
+
+
 def _is_mask(positions: Positions) -> TypeGuard[Tensor]:
     return isinstance(positions, Tensor) and positions.dtype == torch.bool
 
 
 def _whole_numbers(name: str, given: Sequence[int] | Tensor) -> list[int]:
-    """As integers. Raises DictlearnError, with `name`, for others and for negative ones."""
+    """As integers. Raises DictlearnError, with `name`, for others, truth values too, and for negative ones."""
     try:
         found = [operator.index(i) for i in given]
+        is_mask = any(isinstance(i, bool) or (isinstance(i, Tensor) and i.dtype == torch.bool) for i in given)
     except TypeError:
-        found = [-1]
+        found, is_mask = [-1], False
+    if is_mask:
+        raise DictlearnError(
+            f"{name} must be whole numbers, counted from 0, got truth values: the numbers of a mask are "
+            "mask.nonzero().flatten()."
+        )
     if min(found, default=0) < 0:
         raise DictlearnError(f"{name} must be whole numbers, counted from 0, got {given!r}.")
     return found
@@ -140,10 +165,12 @@ def mask_at(positions: Positions, rows: int, first: int, ctx: int, device: torch
     if positions is None or isinstance(positions, slice):
         mask[:, slice(None) if positions is None else positions] = True
     elif _is_mask(positions):
-        if len(positions) not in (1, rows):
+        if not len(positions) or rows % len(positions):
             raise DictlearnError(f"positions is a mask of {len(positions)} rows, and the model runs on {rows}.")
         reach = positions.shape[1]
         mask = F.pad(positions.to(device), (0, max(0, end - reach)))[:, :end]
+        if len(positions) > 1:  # generate repeats each row for its beams, or for the sequences it returns
+            mask = mask.repeat_interleave(rows // len(positions), dim=0)
     else:
         found = _whole_numbers("positions", positions)
         reach = max(found, default=-1) + 1

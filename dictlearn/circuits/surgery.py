@@ -20,6 +20,7 @@ Mix = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """What takes the place of pattern @ value: of the attention module, its pattern `[rows, n_heads, ctx, ctx]` and its
 values `[rows, n_heads, ctx, d_head]` (grouped ones repeated), the heads' outputs `[rows, n_heads, ctx, d_head]`."""
 
+NARROW = (torch.float16, torch.bfloat16)
 EXPLICIT = "dictlearn_explicit"  # the name of our attention among those of transformers
 _mixes: dict[nn.Module, Mix] = {}  # by attention module, inside the blocks of `attention`
 
@@ -38,6 +39,31 @@ def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 vars(module)["forward"] = forward
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside the block weights and buffers in narrower types are float32 copies of themselves.
+
+    The model's own are not touched, and back at the end, also after an error. A copy lives as long as the block and
+    graphs of gradients that were made in it.
+    """
+    copies: dict[int, Tensor] = {}  # by identity: tied weights stay tied
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            before += [(own, name, t) for name, t in own.items() if t is not None and t.dtype in NARROW]
+    try:
+        for own, name, tensor in before:
+            if id(tensor) not in copies:
+                wide = tensor.detach().float()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                copies[id(tensor)] = nn.Parameter(wide, requires_grad=False) if is_parameter else wide
+            own[name] = copies[id(tensor)]
+        yield
+    finally:
+        for own, name, tensor in before:
+            own[name] = tensor
 
 
 @contextmanager

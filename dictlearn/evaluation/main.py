@@ -24,7 +24,7 @@ from dictlearn.evaluation.present import evaluate_and_show
 from dictlearn.evaluation.run import Results
 from dictlearn.hub import locate
 from dictlearn.hub.places import Place
-from dictlearn.lm import find_device, load_lm, resolve, skeleton
+from dictlearn.lm import find_device, load_lm, load_tokenizer, resolve, skeleton
 from dictlearn.lm.sites import site_width
 from dictlearn.types import DictlearnError
 
@@ -107,8 +107,9 @@ def _plan(cfg: DictConfig) -> _Plan:
     elif (lm := collect(found, lambda: _lm(cfg, dictionaries))) is not None:
         model = collect(found, lambda: skeleton(*lm[:2]))
     if model is not None:
-        found += _site_problems(model, lm[0] if lm else NAME, dictionaries) or _block_problems(
-            model, dictionaries, blocks or {}
+        name, revision = lm[:2] if lm else (NAME, None)
+        found += _site_problems(model, name, dictionaries) or _block_problems(
+            model, name, revision, dictionaries, blocks or {}
         )
     if text is not None:
         found += text.problems(getattr(model and model.config.get_text_config(), "max_position_embeddings", None))
@@ -192,14 +193,18 @@ def _site_problems(model: PreTrainedModel, lm_name: str, dictionaries: Mapping[s
 
 
 def _block_problems(
-    model: PreTrainedModel, dictionaries: Mapping[str, Dictionary], blocks: Mapping[str, EvaluationBlock]
+    model: PreTrainedModel,
+    lm_name: str,
+    revision: str | None,
+    dictionaries: Mapping[str, Dictionary],
+    blocks: Mapping[str, EvaluationBlock],
 ) -> list[str]:
     """Why blocks cannot run, by their names."""
     return [
         f"{name}: {problem}"
         for name, block in blocks.items()
         if isinstance(block, CheckedBlock)
-        for problem in block.problems(model, dictionaries)
+        for problem in block.problems(model, lm_name, lambda: load_tokenizer(lm_name, revision), dictionaries)
     ]
 
 

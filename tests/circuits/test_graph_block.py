@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dictlearn.circuits.graphs.block import PromptGraph, slug_of
 from dictlearn.circuits.graphs.build import attribution_graph
@@ -20,8 +22,8 @@ from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.linear import Linear
 from dictlearn.embedded import LM_FOLDER
 from dictlearn.evaluation import EvaluationContext
-from dictlearn.lm import LM, load_lm
-from dictlearn.overrides import quoted
+from dictlearn.lm import LM, load_lm, skeleton
+from dictlearn.overrides import enter, quoted
 from dictlearn.sparsifiers.top_k import TopK
 from dictlearn.types import DictlearnError
 from tests.circuits.setup import filled
@@ -55,12 +57,17 @@ def test_the_numbers_are_those_of_the_graph(lm: LM, tmp_path: Path) -> None:
     assert found["n_active"] == 2 * 4 * len(graph.tokens) > found["n_latents"] == 40
     assert found["n_kept_edges"] == int(kept.edges.sum())
     assert found["n_kept_latents"] + found["n_kept_errors"] + len(graph.tokens) == int(kept.nodes.sum())
-    assert (found["next_token"], found["n_logits"]) == (graph.logit_tokens[0], graph.n_logits)
+    assert found["targets"] == [own.text for own in graph.logits]
+    assert (found["next_token"], found["probability"]) == (graph.logits[0].text, graph.logits[0].probability)
     assert found["dictionaries"] == ["t1", "t3"]
     json.dumps(found, allow_nan=False)
     model = json.loads(Path(found["json"]).read_text(encoding="utf-8"))
     assert len(model["links"]) == found["n_kept_edges"]
     assert model["metadata"]["node_threshold"] == 0.95
+    own_scores = model["metadata"]["dictlearn"]
+    assert own_scores.pop("n_per_layer") == {}
+    assert own_scores.items() <= found.items()
+    assert own_scores["replacement"] == pytest.approx(scores.replacement)
     latents = [node for node in model["nodes"] if node["feature_type"] == "cross layer transcoder"]
     assert latents
     assert all(len(node["clerp"].split()) == 3 for node in latents)  # labels are promoted tokens
@@ -87,6 +94,8 @@ def test_without_a_prompt_there_is_none(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"prompt": " "}, "graph must be the text of a prompt, or null, got ' '"),
+        ({"targets": "w"}, "targets must be a list of tokens, or null, got 'w'"),
+        ({"targets": [["a", "b", "c"]]}, "A target is a token, as text or id, or a pair"),
         ({"max_latents": 0}, "max_latents must be a whole number, at least 1, got 0"),
         ({"max_logits": True}, "max_logits must be a whole number"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
@@ -105,9 +114,42 @@ def test_a_prompt_longer_than_the_lm_takes(lm: LM) -> None:
         attribution_graph(lm, some_transcoders(), torch.full((1, 400), 5))
 
 
+def test_chosen_targets_are_a_graph_of_their_own(lm: LM, tmp_path: Path) -> None:
+    """Two graphs of one prompt lie beside each other, with their scores, and the same one again replaces itself."""
+    own, ids = some_transcoders(), torch.randint(3, 600, (2, 16))
+    context = EvaluationContext(lm, own, ids, torch.ones_like(ids, dtype=torch.bool))
+    for targets in (None, [["Mary", "John"]], [["Mary", "John"]]):
+        block = PromptGraph(PROMPT, str(tmp_path), targets, max_latents=20)
+        found = block.run(context)["t1"]["graph"]
+    assert found["targets"] == ["Mary - John"]
+    listed = json.loads((tmp_path / "graph-metadata.json").read_text(encoding="utf-8"))["graphs"]
+    likeliest = [logit.text for logit in attribution_graph(lm, own, PROMPT).logits]
+    assert found["next_token"] == likeliest[0]
+    assert [one["dictlearn"]["targets"] for one in listed] == [likeliest, ["Mary - John"]]
+    assert listed[1]["dictlearn"]["completeness"] == found["completeness"]
+    assert len(list(tmp_path.glob("*.html"))) == 2
+
+
+def test_what_is_wrong_with_a_prompt_is_known_without_weights(lm: LM) -> None:
+    model = skeleton(str(LM_FOLDER))
+    own = some_transcoders()
+
+    def found(prompt: str, targets: Any = None) -> list[str]:
+        return PromptGraph(prompt, "x", targets).problems(model, "embedded", lambda: lm.tokenizer, own)
+
+    assert found(PROMPT) == found(PROMPT, ["Mary", ["Mary", "John"]]) == []
+    assert found(" ".join(["Mary"] * 400)) == [
+        f"The prompt has 400 tokens, and embedded takes {lm.n_positions} at most."
+    ]
+    (problem,) = found(PROMPT, ["Mary John"])
+    assert problem.startswith("A target is one token, 'Mary John' is 2: ")
+
+
 def test_slugs() -> None:
     assert slug_of("When Mary, and")[:-7] == "when-mary-and"
     assert slug_of("x" * 99)[:-7] == "x" * 40
+    assert slug_of("a", ["b"]) != slug_of("a") != slug_of("a", ["c"]) != slug_of("a", ["b"])
+    assert slug_of("a", [("b", "c")]) != slug_of("a", ["b", "c"])
     prompts = ["a", "a ", "A", "x" * 99, "x" * 98, "é", "…"]
     assert len({slug_of(prompt) for prompt in prompts}) == len(prompts)
     assert all(set(slug_of(prompt)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for prompt in prompts)
@@ -135,8 +177,31 @@ def test_any_text_is_a_prompt(prompt: str) -> None:
 
 
 def test_other_overrides_are_as_they_are() -> None:
-    for override in ("graph=null", "graph=", 'graph="a, b"', "graph='a'", "load=a b", "graph", "evaluation=graph"):
+    same = ("graph=null", "graph=", 'graph="a, b"', 'graph="a, b","c"', "graph='a'", "load=a b", "graph")
+    for override in (*same, "evaluation=graph"):
         assert quoted(override) == override
+
+
+@pytest.mark.parametrize(
+    ("override", "prompts"),
+    [
+        ("graph=Mary, John", ["Mary, John"]),
+        ('graph="Mary, John","a=b, c"', ["Mary, John", "a=b, c"]),
+    ],
+)
+def test_a_sweep_splits_no_prompt(monkeypatch: pytest.MonkeyPatch, override: str, prompts: list[str]) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "-m", "load=a", "out=b", override])
+
+    def jobs() -> None:
+        parsed = OverridesParser.create().parse_overrides(sys.argv[2:])
+        (own,) = [one for one in parsed if one.key_or_group == "graph"]
+        texts = own.sweep_string_iterator() if own.is_sweep_override() else [own.get_value_element_as_str()]
+        started.extend(composed("evaluate", ["out=b", f"graph={text}"]).graph for text in texts)
+
+    started: list[str] = []
+    enter(ROOT / "conf", "evaluate", jobs, lambda cfg, _, __: seen.append(cfg.graph))
+    assert seen == started == prompts
 
 
 def test_through_the_doors(tmp_path: Path) -> None:
@@ -161,7 +226,14 @@ def test_through_the_doors(tmp_path: Path) -> None:
         ConfigError, match=r"graph: Attribution graphs are of transcoders .* resid_post\.1 is a Linear"
     ):
         run_evaluate("evaluation=graph", "graph=Mary", f"load={run}", f"out={tmp_path / 'none'}")
+    with pytest.raises(ConfigError, match=r"graph: The prompt has 4\d\d tokens, and embedded takes \d+ at most"):
+        run_evaluate("evaluation=graph", f"graph={'Mary ' * 400}", load, f"out={tmp_path / 'none'}")
+    targets = "evaluation.blocks.graph.targets=[['Mary','Jo hn']]"
+    with pytest.raises(ConfigError, match=r"graph: A target is one token, 'Jo hn' is 2"):
+        run_evaluate("evaluation=graph", "graph=Mary", targets, load, f"out={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
+    chosen = run_evaluate("evaluation=graph", "graph=Mary", targets.replace("o h", "oh"), load, f"out={out}")
+    assert chosen.reports["mlp_out.2"]["graph"]["targets"] == ["Mary - John"]
     results = run_evaluate(f"load={run}", f"out={out}", "n_tokens=500", "~evaluation.blocks.behaviour")
     assert not results.errors
     assert all("graph" not in report for report in results.reports.values())
@@ -193,7 +265,7 @@ def test_what_a_reader_should_know(lm: LM, tmp_path: Path) -> None:
     own, ids = some_transcoders(), torch.randint(3, 600, (2, 16))
     context = EvaluationContext(lm, own, ids, torch.ones_like(ids, dtype=torch.bool))
 
-    def warnings(prompt: str, **settings: int) -> list[str]:
+    def warnings(prompt: str, **settings: Any) -> list[str]:
         return PromptGraph(prompt, str(tmp_path), **settings).run(context)["t1"]["warnings"]
 
     assert warnings("When Mary went") == []

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from dictlearn import Set, attach, intervene
 from dictlearn.circuits.graphs.build import attribution_graph
 from dictlearn.circuits.graphs.export import cantor, shown_nodes, write_json
 from dictlearn.circuits.graphs.graph import Graph
-from dictlearn.circuits.graphs.influence import Kept, node_influence, prune
+from dictlearn.circuits.graphs.influence import Kept, graph_scores, node_influence, prune
 from dictlearn.circuits.graphs.top_tokens import top_tokens
 from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.lm import LM, load_lm
@@ -44,6 +45,7 @@ METADATA = {
     "prompt": str,
     "node_threshold": float,
     "schema_version": int,
+    "dictlearn": dict,
 }
 
 
@@ -106,9 +108,9 @@ def test_nodes_and_links_are_those_of_the_graph(made: tuple[Graph, Kept], tmp_pa
             assert node["layer"] == written
         if kind == "logit":
             number = own - graph.places("logit").start
-            assert node["token_prob"] == pytest.approx(float(graph.probabilities[number]))
+            assert node["token_prob"] == pytest.approx(float(graph.weights[number]))
             assert node["is_target_logit"] == (number == 0)
-            assert node["clerp"] == f'Output "{graph.logit_tokens[number]}" (p={node["token_prob"]:.3f})'
+            assert node["clerp"] == f'Output "{graph.logits[number].text}" (p={node["token_prob"]:.3f})'
             assert (node["layer"], node["influence"]) == (str(N_LAYERS + 1), None)
         else:
             influence = node_influence(graph)
@@ -137,6 +139,8 @@ def test_graphs_of_one_folder_are_listed_together(made: tuple[Graph, Kept], tmp_
     for slug, share in (("a", 0.1), ("b", 0.2), ("a", 0.3)):
         write_json(*made, tmp_path, slug, node_share=share)
     listed = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
+    scores = [(own["dictlearn"]["replacement"], own["dictlearn"]["completeness"]) for own in listed]
+    assert scores == [pytest.approx(tuple(graph_scores(made[0])))] * 2
     assert [(own["slug"], own["node_threshold"]) for own in listed] == [("b", 0.2), ("a", 0.3)]
     for text in ("[]", "{", '{"graphs": 3}'):
         (tmp_path / "graph-metadata.json").write_text(text)
@@ -146,6 +150,53 @@ def test_graphs_of_one_folder_are_listed_together(made: tuple[Graph, Kept], tmp_
     for slug in ("", "a/b", "../a"):
         with pytest.raises(DictlearnError, match="slug must be the name of a file"):
             write_json(*made, tmp_path, slug)
+
+
+def test_latents_of_a_cross_layer_transcoder_are_counted_within_their_layer(tmp_path: Path) -> None:
+    """As in circuit-tracer; and from a node of the file to the latent that interventions set."""
+    lm = load(tmp_path / "lm")
+    clt = cross_layer(lm.model)["clt"]
+    assert isinstance(clt, CrossLayer)
+    ids = some_ids()
+    graph = attribution_graph(lm, {"clt": clt}, ids)
+    model = json.loads(write_json(graph, prune(graph, 1.0, 1.0), tmp_path, "g").read_text(encoding="utf-8"))
+    n = model["metadata"]["dictlearn"]["n_per_layer"]["clt"]
+    assert n == clt.n_per_layer
+    shown = [node for node in model["nodes"] if node["feature_type"] == "cross layer transcoder"]
+    with attach(lm, {"clt": clt}) as run:
+        run(ids)
+    for node in shown:
+        layer, index, position = map(int, node["node_id"].split("_"))
+        assert index < n
+        assert uncantor(node["feature"]) == (layer, index)
+        assert node["jsNodeId"] == f"{layer}_{index}-0"
+        number = layer * n + index  # as docs/graphs.md says
+        value = run.latents["clt"][0, position, number]
+        assert node["activation"] == pytest.approx(value.item(), abs=1e-5)
+    assert {node["layer"] for node in shown} == {"0", "1", "2"}
+    assert len({node["node_id"] for node in model["nodes"]}) == len(model["nodes"])
+
+    layer, index, position = map(int, shown[-1]["node_id"].split("_"))
+    with intervene(lm, {"clt": clt}, {"clt": Set(layer * n + index, 0.0, positions=[position])}) as changed:
+        changed(ids)
+    before, after = run.latents["clt"], changed.latents["clt"]
+    (moved,) = ((before - after)[:, :, layer * n : (layer + 1) * n].abs() > 1e-9).nonzero().tolist()
+    assert moved == [0, position, index]
+
+
+def test_a_difference_of_logits_has_a_place_in_the_layout(tmp_path: Path) -> None:
+    lm = load(tmp_path / "lm")
+    graph = attribution_graph(lm, transcoders(lm.model), some_ids(), ["w5", ("w5", "w6"), ("w7", "w5")])
+    model = json.loads(write_json(graph, prune(graph), tmp_path, "g").read_text(encoding="utf-8"))
+    assert all(has_types(node, NODE) for node in model["nodes"])
+    logits = [node for node in model["nodes"] if node["feature_type"] == "logit"]
+    assert [node["feature"] for node in logits] == [5, 98, 99]  # beyond the 97 tokens, as in circuit-tracer
+    assert len({node["node_id"] for node in model["nodes"]}) == len(model["nodes"])
+    probability = graph.logits[0].probability
+    assert probability is not None
+    assert [node["token_prob"] for node in logits] == pytest.approx([probability, 1 / 3, 1 / 3])
+    assert logits[1]["clerp"] == 'Output "w5 - w6" (p=0.333)'  # the viewer reads what follows "(p="
+    assert model["metadata"]["dictlearn"]["targets"] == ["w5", "w5 - w6", "w7 - w5"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

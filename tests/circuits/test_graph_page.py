@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dictlearn.circuits.graphs.build import attribution_graph
-from dictlearn.circuits.graphs.graph import Graph
+from dictlearn.circuits.graphs.graph import Graph, Logit
 from dictlearn.circuits.graphs.influence import Kept, graph_scores, prune
 from dictlearn.circuits.graphs.page import page_data, write_page
 from dictlearn.circuits.graphs.top_tokens import TopTokens
@@ -43,7 +43,7 @@ def nasty_graph() -> Graph:
     edges[0, [2, 4, 6, 11]] = torch.tensor([0.5, 4.0, -1.0, 0.25], dtype=torch.float64)
     edges[1, [0, 3, 11, 12]] = torch.tensor([2.0, 0.5, -0.75, 1.0], dtype=torch.float64)
     edges[2, [0, 1, 10]] = torch.tensor([-1.0, 3.0, 0.01], dtype=torch.float64)
-    info = {"n_layers": 2, "lm": "<lm>", "dictionaries": ["mlp.0 <i>", "mlp.1"]}
+    info = {"n_layers": 2, "lm": "<lm>", "dictionaries": ["mlp.0 <i>", "mlp.1"], "n_per_layer": {}}
     return Graph(
         "".join(NASTY),
         torch.arange(20, 27),
@@ -52,8 +52,8 @@ def nasty_graph() -> Graph:
         edges,
         torch.tensor([3.75, 2.75]).double(),
         edges.sum(-1),
+        [Logit("<script>alert(1)</script>", 50, None, 0.5)],
         torch.tensor([0.5]).double(),
-        ["<script>alert(1)</script>"],
         info,
     )
 
@@ -144,8 +144,8 @@ def test_nothing_of_the_data_is_markup(tmp_path: Path) -> None:
 def opened(tmp_path: Path) -> Callable[..., str]:
     """The document after its scripts have run, at an address and after further JavaScript."""
 
-    def run(address: str = "", script: str = "", keep: Kept | None = None) -> str:
-        graph = nasty_graph()
+    def run(address: str = "", script: str = "", keep: Kept | None = None, graph: Graph | None = None) -> str:
+        graph = graph or nasty_graph()
         file = write_page(graph, keep or everything(graph), tmp_path / "page.html", TOPS)
         if script:
             text = file.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>")
@@ -229,6 +229,27 @@ def test_pruned_edges_are_summed(opened: Callable[..., str]) -> None:
     keep.edges[0, 2] = keep.edges[0, 6] = False
     sums = plain(section(opened("#clicked=0_3_2", keep=keep), "sums"))
     assert "2 pruned edges -0.500 biases +0.250 sum: pre-activation +3.75" in sums
+
+
+@needs_browser
+def test_chosen_targets_and_numbers_within_a_layer(opened: Callable[..., str]) -> None:
+    """A difference has no probability; cross-layer latents are counted in their layer, and in all."""
+    graph = nasty_graph()
+    graph.info["n_per_layer"]["mlp.1"] = 3  # type: ignore[index]
+    graph.logits[0] = Logit("a - b", 50, 51)
+    document = opened("#clicked=1_1_6", graph=graph)
+    selected = plain(re.sub("<[^>]*>", " ", section(document, "selected")))
+    assert "mlp.1 layer 1 / 1 at" in selected
+    assert "number in mlp.1 4" in selected
+    assert "a - b</text>" in document
+    assert "NaN" not in document
+    sums = plain(section(opened("#clicked=3_50_6", graph=graph), "sums"))
+    assert "sum: difference of logits +2.01" in sums
+    script = """
+        const numbers = ["mlp.1/4", "1/1", "mlp.1 layer 1 / 1", "1", "4"].map((text) => matches(text).length);
+        document.title = JSON.stringify(numbers);"""
+    title = opened("", script, graph=graph).partition("<title>")[2].partition("</title>")[0]
+    assert json.loads(title) == [1, 1, 1, 1, 0]
 
 
 STEPS = {  # what the reader does, and the address then

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import dictlearn
 from dictlearn import Ablate, Scale, Set, Steer, attach, intervene
 from dictlearn.circuits.intervention_run import ERRORS, FREEZES
+from dictlearn.circuits.interventions import check_amount
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.dictionaries.crosscoder import Crosscoder
@@ -502,7 +503,7 @@ def test_mlps_are_held_below_their_own_sites(model: Model) -> None:
 # -- generation --
 
 
-def generated(lm: PreTrainedModel, ids: Tensor, n: int, **options: Any) -> Tensor:
+def generated(lm: PreTrainedModel, ids: Tensor, n: int, **options: Any) -> Any:
     """By transformers, without chance."""
     settings = {"max_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return lm.generate(ids, **settings, **options)  # type: ignore[operator]
@@ -564,6 +565,25 @@ def test_generation_from_padded_rows(tmp_path: Path, family: str) -> None:
         with intervene(lm, stream, Steer(3, 6.0, positions=last)):
             found = generated(lm, ids, 6, attention_mask=mask.long(), use_cache=use_cache)
         assert torch.equal(found[:, CTX:], torch.stack(expected))
+
+
+def test_a_mask_with_several_sequences_for_each_row(model: Model) -> None:
+    """Beams, and samples, of a row have the mask of that row, as each row has by itself."""
+    lm = model("llama")
+    stream = some_dictionaries(lm)["stream"]
+    mask = torch.zeros(2, CTX, dtype=torch.bool)
+    mask[0, 2] = mask[1, 5] = True
+    beams = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "return_dict_in_generate": True}
+    for use_cache in (True, False):
+        with intervene(lm, stream, Steer(3, 6.0, positions=mask)):
+            together = generated(lm, IDS, 5, use_cache=use_cache, **beams)
+        for row in range(2):
+            with intervene(lm, stream, Steer(3, 6.0, positions=[2, 5][row : row + 1])):
+                own = generated(lm, IDS[[row]], 5, use_cache=use_cache, **beams)
+            close(together.sequences_scores[2 * row : 2 * row + 2], own.sequences_scores, 1e-5)
+            assert torch.equal(together.sequences[2 * row : 2 * row + 2], own.sequences)
+        bare = generated(lm, IDS, 5, use_cache=use_cache, **beams)
+        assert (bare.sequences_scores - together.sequences_scores).abs().min() > 1e-4
 
 
 def test_generation_needs_no_clean_run(model: Model) -> None:
@@ -726,6 +746,15 @@ def test_hooks_are_gone_after_an_error(model: Model) -> None:
         (lambda: Steer([1, 1], 1.0), r"named once in an intervention, got \[1, 1\]"),
         (lambda: Steer([-1], 1.0), r"latents must be whole numbers, counted from 0, got \[-1\]"),
         (lambda: Steer(torch.tensor([0.5]), 1.0), "latents must be whole numbers, counted from 0, got tensor"),
+        (
+            lambda: Steer(torch.tensor([True, False]), 1.0),
+            r"latents must be whole numbers, .* got truth values: the numbers of a mask are mask.nonzero\(\)",
+        ),
+        (lambda: Set([True, False], 1.0), "latents must be whole numbers, .* got truth values"),
+        (lambda: Ablate(True), "latents must be whole numbers, .* got truth values"),
+        (lambda: Ablate(1, positions=[True, False]), "positions must be whole numbers, .* got truth values"),
+        (lambda: Set(1, True), "value must be a number or a tensor of numbers, got True"),
+        (lambda: Steer(1, torch.tensor(True)), "strength must be a number or a tensor of numbers, got torch.bool"),
         (lambda: Steer(1, float("nan")), "strength must be finite, got nan"),
         (lambda: Set([1, 2], torch.tensor([1, torch.inf])), "value must be finite"),
         (lambda: Set([1, 2], torch.ones(3)), r"\[rows, ctx, latents\] = \[2, 7, 2\], got \[3\]"),
@@ -734,6 +763,11 @@ def test_hooks_are_gone_after_an_error(model: Model) -> None:
             lambda: Ablate(1, positions=slice(-2, None)),
             r"positions must be whole numbers, counted from 0, got \[-2\]",
         ),
+        (
+            lambda: Ablate(1, positions=slice(None, None, -1)),
+            r"positions must go forward, by a step of at least 1, got slice\(None, None, -1\)",
+        ),
+        (lambda: Ablate(1, positions=slice(0, 4, 0)), "positions must go forward, by a step of at least 1"),
         (lambda: Ablate(1, positions=torch.ones(7, dtype=torch.bool)), r"mask must be \[rows, ctx\], got \[7\]"),
         (lambda: Ablate(1, positions=[2, 7]), "positions reach to 7, and the last one of the prompt is 6"),
         (lambda: Ablate(1, positions=torch.ones(2, 9, dtype=torch.bool)), "positions reach to 8, and the last one"),
@@ -748,6 +782,12 @@ def test_interventions_that_cannot_be_had(model: Model, given, message: str) -> 
     dictionaries = {"stream": some_dictionaries(lm)["stream"]}
     with pytest.raises(DictlearnError, match=message), intervene(lm, dictionaries, given()) as run:
         run(IDS)
+
+
+@pytest.mark.parametrize("amount", ["2", None, [1.0, 2.0], 1j, torch.tensor([1j])])
+def test_amounts_are_numbers(amount: Any) -> None:
+    with pytest.raises(DictlearnError, match="strength must be a number or a tensor of numbers, got "):
+        check_amount("strength", amount)
 
 
 def test_settings_that_cannot_be_had(model: Model) -> None:

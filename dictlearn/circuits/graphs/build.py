@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -12,8 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dictlearn.checks import check_count
-from dictlearn.circuits.graphs.graph import Graph
-from dictlearn.circuits.graphs.influence import influence
+from dictlearn.circuits.graphs.graph import Graph, Logit, logit_targets
+from dictlearn.circuits.graphs.influence import CHUNK, influence
+from dictlearn.circuits.graphs.inputs import (
+    Choice,
+    chosen,
+    likeliest,
+    n_logits_of,
+    prompt_ids,
+    with_probabilities,
+)
 from dictlearn.circuits.graphs.local import LocalModel, Targets
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import LM
@@ -27,96 +36,111 @@ def attribution_graph(
     lm: LM,
     dictionaries: Dictionary | Mapping[str, Dictionary] | Sequence[Dictionary],
     prompt: str | Tensor,
+    targets: Sequence[Choice] | None = None,
     max_latents: int = 7500,
     max_logits: int = 10,
     logit_share: float = 0.95,
     batch_size: int = 128,
 ) -> Graph:
     """The attribution graph of a prompt (Ameisen et al. 2025): direct effects between its active latents, errors,
-    token embeddings and the logits of the likeliest next tokens, in the local replacement model (local.py).
+    token embeddings and logits of the next token, in the local replacement model (local.py).
 
     Args:
         dictionaries: transcoders of the MLPs of some or all layers, or a cross-layer one, named as by `attach`; an
             MLP without one is all error.
         prompt: text, which gets the beginning-of-sequence token that the dictionaries were trained with; or token
             ids `[1, ctx]`. Leading special tokens have neither latents nor errors.
+        targets: logits of one's own, which all count the same: tokens, as text or ids, and pairs of them, for the
+            first logit minus the second: `[" Paris", (" Paris", " Rome")]`. None: the likeliest tokens.
         max_latents: if more are active, those of most influence are nodes, and the others are summed up in one.
-        max_logits, logit_share: the likeliest tokens that together have this probability, at most so many.
+        max_logits, logit_share: without `targets`, the likeliest tokens that together have this probability, at
+            most so many.
         batch_size: targets in one backward pass.
 
     Raises DictlearnError for dictionaries or a family that do not fit, an empty prompt or one longer than the LM
-    takes, and values outside ranges.
+    takes, targets that are not one token each, values outside ranges, and, before any edge is computed, for a graph
+    that takes more memory than there is.
     """
     for name, value in (("max_latents", max_latents), ("max_logits", max_logits), ("batch_size", batch_size)):
         check_count(name, value)
     if not 0 < logit_share <= 1:
         raise DictlearnError(f"logit_share must be above 0 and at most 1, got {logit_share}.")
     dictionaries = by_name(dictionaries)
-    ids = _ids(lm, dictionaries, prompt)
-    if lm.n_positions is not None and ids.shape[1] > lm.n_positions:
-        raise DictlearnError(f"The prompt has {ids.shape[1]} tokens, and {lm.name} takes {lm.n_positions} at most.")
-    n_special = _n_special(lm, ids)
+    ids = prompt_ids(lm.model, lm.tokenizer, lm.name, dictionaries, prompt).to(lm.device)
+    own = None if targets is None else chosen(lm.tokenizer, n_logits_of(lm.model), targets)
     with torch.inference_mode(mode=False):
-        local = LocalModel(lm.model, dictionaries, ids.clone(), n_special)
-        tokens, probabilities = likeliest(local.logits, max_logits, logit_share)
-        rows = _expanded(local, tokens, probabilities, max_latents, batch_size)
-        latents, rows = _sorted(local, rows, len(tokens))
+        local = LocalModel(lm.model, dictionaries, ids.clone(), _n_special(lm, ids))
+        logits, weights = _logits(lm, local, own, max_logits, logit_share)
+        _check_memory(local, len(logits), max_latents, batch_size)
+        rows = _expanded(local, logits, weights, max_latents, batch_size)
+        local.release()
+        latents, rows = _sorted(local, rows, len(logits))
     return Graph(
         prompt=prompt if isinstance(prompt, str) else "".join(_texts(lm, ids[0])),
         ids=ids[0].cpu(),
         tokens=_texts(lm, ids[0]),
-        nodes=_nodes(local, latents, tokens),
+        nodes=_nodes(local, latents, logits),
         edges=rows.edges.cpu(),
         values=local.active.value[latents].cpu(),
         totals=rows.totals.cpu(),
-        probabilities=probabilities.cpu(),
-        logit_tokens=_texts(lm, tokens),
-        info={
-            "lm": lm.name,
-            "dictionaries": list(dictionaries),
-            "n_layers": len(local.layers),
-            "n_special": n_special,
-            "n_active": local.n_latents,
-            "unknown": [position for position in _unknown(lm, ids) if position >= n_special],
-            "row_error": float((rows.edges.sum(-1) - rows.totals).abs().max() / rows.totals.abs().max()),
-        },
+        logits=logits,
+        weights=weights.cpu(),
+        info=_info(lm, local, rows),
         local=(local, latents),
     )
 
 
-def likeliest(
-    logits: Float[Tensor, " vocab"], max_logits: int, share: float
-) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """The likeliest tokens that together have this probability, at most so many, and their probabilities."""
-    found = logits.float().softmax(-1).topk(min(max_logits, len(logits)))
-    before = found.values.cumsum(0) - found.values
-    n = int((before < share).sum())
-    return found.indices[:n], found.values[:n]
+def _info(lm: LM, local: LocalModel, rows: _Rows) -> dict[str, Any]:
+    probability, token = local.logits.float().softmax(-1).max(-1)
+    off = (rows.edges.sum(-1, dtype=torch.float64) - rows.totals).abs().max() / rows.totals.abs().max()
+    several = {cut.name: cut.dictionary.n_latents // len(cut.reads) for cut in local.cuts if len(cut.reads) > 1}
+    return {
+        "lm": lm.name,
+        "dictionaries": [cut.name for cut in local.cuts],
+        "n_per_layer": several,  # latents, of cross-layer transcoders
+        "n_layers": len(local.layers),
+        "n_special": local.n_special,
+        "n_active": local.n_latents,
+        "next_token": _texts(lm, token[None])[0],
+        "probability": float(probability),
+        "unknown": [position for position in _unknown(lm, local.ids) if position >= local.n_special],
+        "row_error": float(off),
+    }
 
 
-def _ids(lm: LM, dictionaries: Mapping[str, Dictionary], prompt: str | Tensor) -> TokenIds:
-    lm_size = len(lm.model.get_input_embeddings().get_parameter("weight"))
-    if isinstance(prompt, Tensor):
-        if (
-            prompt.ndim != 2
-            or prompt.is_floating_point()
-            or not 0 <= int(prompt.min()) <= int(prompt.max()) < lm_size
-        ):
-            raise DictlearnError(
-                f"A prompt as token ids must be whole numbers [1, ctx] from 0 to {lm_size - 1}, got {prompt.dtype} "
-                f"{list(prompt.shape)}."
-            )
-        return prompt.to(lm.device)
-    if not isinstance(prompt, str):
-        raise DictlearnError(f"A prompt is a text or a tensor of token ids [1, ctx], got {type(prompt).__name__}.")
-    ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise DictlearnError("A graph needs a prompt, got an empty one.")
-    if any(d.metadata.get("prepend_bos") for d in dictionaries.values()) and ids[0] != lm.tokenizer.bos_token_id:
-        if lm.tokenizer.bos_token_id is None:
-            raise DictlearnError(f"The dictionaries need a beginning-of-sequence token, {lm.name} has none.")
-        ids = [lm.tokenizer.bos_token_id, *ids]
-    return torch.tensor([ids], device=lm.device)
+def _logits(
+    lm: LM, local: LocalModel, own: list[Logit] | None, max_logits: int, share: float
+) -> tuple[list[Logit], Float[Tensor, " n_logits"]]:
+    """The logits of a graph, and how much they count."""
+    if own is not None:
+        return with_probabilities(own, local.logits), torch.full((len(own),), 1 / len(own), device=lm.device)
+    tokens, weights = likeliest(local.logits, max_logits, share)
+    of_tokens = zip(_texts(lm, tokens), tokens.tolist(), weights.tolist(), strict=True)
+    return [Logit(text, token, None, probability) for text, token, probability in of_tokens], weights
+
+
+def _check_memory(local: LocalModel, n_logits: int, max_latents: int, batch_size: int) -> None:
+    """Raises DictlearnError where the rows, which are there twice while they are sorted, and a batch of them are
+    more than there is.
+    """
+    device, row = local.ids.device, local.n_sources * local.errors.element_size()  # bytes
+    n_latents = min(max_latents, local.n_latents)
+    needed, there = (n_logits + n_latents + batch_size) * 2 * row, memory_of(device)
+    if needed > there:
+        fits = max(0, there // (2 * row) - n_logits - batch_size)
+        raise DictlearnError(
+            f"A graph with {n_latents} of {local.n_latents} active latents as nodes takes {needed / 1e9:.1f} GB, "
+            f"and there are {there / 1e9:.1f} GB on {device}: with batch_size={batch_size}, max_latents={fits} "
+            "would fit. Fewer are active in a sparser dictionary and a shorter prompt."
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes: of a GPU those that are free, else all that the machine has."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _texts(lm: LM, ids: Int[Tensor, " n"]) -> list[str]:
@@ -159,26 +183,26 @@ class _Rows(NamedTuple):
 @torch.no_grad()
 def _expanded(
     local: LocalModel,
-    tokens: Int[Tensor, " n_logits"],
-    probabilities: Float[Tensor, " n_logits"],
+    logits: Sequence[Logit],
+    weights: Float[Tensor, " n_logits"],
     max_latents: int,
     batch_size: int,
 ) -> _Rows:
     """Rows of the logits, then of latents: of all, or of those that have most influence on the rows so far."""
-    rows = _Rows.empty(local, len(tokens) + min(max_latents, local.n_latents))
-    rows.fill(local, slice(0, len(tokens)), local.logit_targets(tokens))
-    n, chosen = len(tokens), torch.arange(local.n_latents, device=rows.latents.device)
+    rows = _Rows.empty(local, len(logits) + min(max_latents, local.n_latents))
+    rows.fill(local, slice(0, len(logits)), logit_targets(local, logits))
+    n, following = len(logits), torch.arange(local.n_latents, device=rows.latents.device)
     ranks = local.n_latents > max_latents
     while n < len(rows.edges):
         if ranks:
-            weights = F.pad(probabilities.to(rows.edges.dtype), (0, n - len(tokens)))
-            found = influence(rows.edges[:n], weights, rows.latents[:n])[: local.n_latents]
-            found[rows.latents[len(tokens) : n]] = -1  # they have their rows
-            chosen = found.topk(min(RERANK * batch_size, len(rows.edges) - n)).indices
-        for places, targets in local.latent_targets(chosen):
+            by_row = F.pad(weights.to(rows.edges.dtype), (0, n - len(logits)))
+            found = influence(rows.edges[:n], by_row, rows.latents[:n])[: local.n_latents]
+            found[rows.latents[len(logits) : n]] = -1  # they have their rows
+            following = found.topk(min(RERANK * batch_size, len(rows.edges) - n)).indices
+        for places, targets in local.latent_targets(following):
             for some in places.new_tensor(range(len(places))).split(batch_size):
                 where = slice(n, n + len(some))
-                rows.latents[where] = chosen[places[some]]
+                rows.latents[where] = following[places[some]]
                 rows.fill(local, where, Targets(targets.layer, *(part[some] for part in targets[1:])))
                 n += len(some)
     return rows
@@ -192,25 +216,29 @@ def _sorted(local: LocalModel, rows: _Rows, n_logits: int) -> tuple[Int[Tensor, 
     order = torch.cat([latents.indices + n_logits, torch.arange(n_logits, device=latents.indices.device)])
     is_other = rows.edges.new_ones(local.n_latents)
     is_other[latents.values] = 0
-    other = rows.edges[:, : local.n_latents] @ is_other
     kept = torch.cat([latents.values, torch.arange(local.n_latents, local.n_sources, device=order.device)])
-    edges = torch.cat([rows.edges[:, kept], rows.biases.unsqueeze(-1), other.unsqueeze(-1)], dim=1)
-    return latents.values, _Rows(*(part[order] for part in rows._replace(edges=edges)))
+    edges = rows.edges.new_empty(len(order), len(kept) + 2)
+    for some, part in zip(order.split(CHUNK), edges.split(CHUNK), strict=True):  # no further copy of all rows
+        own = rows.edges[some]
+        part[:, :-2], part[:, -2] = own[:, kept], rows.biases[some]
+        part[:, -1] = own[:, : local.n_latents] @ is_other
+    return latents.values, _Rows(edges, *(own[order] for own in rows[1:]))
 
 
-def _nodes(local: LocalModel, latents: Int[Tensor, " n"], tokens: Int[Tensor, " n_logits"]) -> pd.DataFrame:
+def _nodes(local: LocalModel, latents: Int[Tensor, " n"], logits: Sequence[Logit]) -> pd.DataFrame:
     """The table `Graph.nodes`."""
-    n_layers, ctx = len(local.layers), local.ctx
+    n_layers, ctx, vocab = len(local.layers), local.ctx, n_logits_of(local.model)
     numbers, positions = range(n_layers), range(ctx)
     layer, position, index = (part[latents].tolist() for part in local.active[:3])
     names = [local.layers[number].cut.name for number in layer]
+    of_logits = [one.token if one.minus is None else vocab + number for number, one in enumerate(logits)]
     parts = {
         "latent": (names, layer, position, index),
         "error": ("", [number for number in numbers for _ in positions], [*positions] * n_layers, -1),
         "embedding": ("", -1, [*positions], local.ids[0].tolist()),
         "bias": ("", [-1], -1, -1),
         "other": ("", [-1], -1, -1),
-        "logit": ("", n_layers, ctx - 1, tokens.tolist()),
+        "logit": ("", n_layers, ctx - 1, of_logits),
     }
     columns = ("dictionary", "layer", "position", "index")
     tables = [pd.DataFrame({"kind": kind, **dict(zip(columns, own, strict=True))}) for kind, own in parts.items()]

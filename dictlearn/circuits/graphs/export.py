@@ -1,6 +1,8 @@
 """Attribution graphs in the JSON layout that the viewer of circuit-tracer reads.
 
 Its nodes are latents, errors, embeddings and logits; biases and the sum of other latents have no place there.
+Latents are counted within their layer. What the layout has no place for, `dictlearn` in the metadata, the viewer
+leaves alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dictlearn.circuits.graphs.graph import Graph
-from dictlearn.circuits.graphs.influence import Kept, node_influence, source_of
+from dictlearn.circuits.graphs.influence import Kept, graph_scores, node_influence, source_of
 from dictlearn.evaluation.report import write_whole
 from dictlearn.types import DictlearnError, FormatError
 
@@ -37,8 +39,8 @@ def write_json(
     labels: Mapping[int, str] | None = None,
     node_share: float | None = None,
 ) -> Path:
-    """Write what pruning kept as `folder/slug.json`, and list it in `folder/graph-metadata.json`, beside the graphs
-    that are there; one of the same slug is replaced.
+    """Write what pruning kept as `folder/slug.json`, and list it, with the graph's scores, in
+    `folder/graph-metadata.json`, beside the graphs that are there; one of the same slug is replaced.
 
     Args:
         labels: what the viewer shows of latents, by node.
@@ -48,7 +50,7 @@ def write_json(
     """
     if not slug or Path(slug).name != slug:
         raise DictlearnError(f"slug must be the name of a file without .json, got {slug!r}.")
-    metadata = _metadata(graph, slug, node_share)
+    metadata = _metadata(graph, kept, slug, node_share)
     listed = _listed(folder / METADATA)
     others = [own for own in listed["graphs"] if not isinstance(own, Mapping) or own.get("slug") != slug]
     model = {
@@ -62,6 +64,24 @@ def write_json(
     return file
 
 
+def summary(graph: Graph, kept: Kept) -> dict[str, Any]:
+    """A graph in numbers: its scores, which are those of the whole of it, and how much of it pruning kept."""
+    scores, errors = graph_scores(graph), graph.places("error")
+    return {
+        "targets": [own.text for own in graph.logits],
+        "next_token": graph.info["next_token"],
+        "probability": graph.info["probability"],
+        "replacement": scores.replacement,
+        "completeness": scores.completeness,
+        "n_active": graph.info["n_active"],
+        "n_latents": graph.n_latents,
+        "row_error": graph.info["row_error"],
+        "n_kept_latents": int(kept.nodes[: graph.n_latents].sum()),
+        "n_kept_errors": int(kept.nodes[errors].sum()),
+        "n_kept_edges": int(kept.edges.sum()),
+    }
+
+
 def shown_nodes(graph: Graph, kept: Kept) -> list[int]:
     """Latents, errors and embeddings that pruning kept, then logits."""
     (sources,) = kept.nodes.nonzero(as_tuple=True)
@@ -70,15 +90,17 @@ def shown_nodes(graph: Graph, kept: Kept) -> list[int]:
 
 
 def records(graph: Graph, nodes: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of `graph.nodes` in plain types, and `id`: the viewer's name of a latent, error, embedding or logit,
+    """The rows of `graph.nodes` in plain types, and of a latent, error, embedding or logit `in_layer`, its `index`,
+    of a cross-layer transcoder's latents that among those of the same layer, and `id`, the viewer's name for it,
     unique in the graph.
     """
-    found = []
+    found, n_per_layer = [], graph.info["n_per_layer"]
     for row in graph.nodes.iloc[list(nodes)].to_dict(orient="records"):
         layer = {"embedding": "E", "logit": str(graph.n_layers + 1)}.get(row["kind"], row["layer"])
-        found.append(
-            {str(key): value for key, value in row.items()} | {"id": f"{layer}_{row['index']}_{row['position']}"}
-        )
+        n = n_per_layer.get(row["dictionary"])
+        in_layer = row["index"] if n is None else row["index"] % n
+        names = {"in_layer": in_layer, "id": f"{layer}_{in_layer}_{row['position']}"}
+        found.append({str(key): value for key, value in row.items()} | names)
     return found
 
 
@@ -104,8 +126,8 @@ def cantor(x: int, y: int) -> int:
     return (x + y) * (x + y + 1) // 2 + y
 
 
-def _metadata(graph: Graph, slug: str, node_share: float | None) -> dict[str, Any]:
-    names = list(graph.info.get("dictionaries", []))
+def _metadata(graph: Graph, kept: Kept, slug: str, node_share: float | None) -> dict[str, Any]:
+    names = list(graph.info["dictionaries"])
     return {
         "slug": slug,
         "scan": f"custom-{'-'.join(names)}",
@@ -114,6 +136,7 @@ def _metadata(graph: Graph, slug: str, node_share: float | None) -> dict[str, An
         "prompt": graph.prompt,
         "node_threshold": node_share,
         "schema_version": SCHEMA_VERSION,
+        "dictlearn": summary(graph, kept) | {"n_per_layer": dict(graph.info["n_per_layer"])},
     }
 
 
@@ -126,7 +149,7 @@ def _nodes(graph: Graph, nodes: Sequence[int], labels: Mapping[int, str]) -> lis
 def _node(
     graph: Graph, node: int, row: Mapping[str, Any], influence: Sequence[float], labels: Mapping[int, str]
 ) -> dict[str, Any]:
-    kind, layer, position, index = (row[key] for key in ("kind", "layer", "position", "index"))
+    kind, layer, position, index = (row[key] for key in ("kind", "layer", "position", "in_layer"))
     found = {
         "node_id": row["id"],
         "feature": {"latent": cantor(max(layer, 0), max(index, 0)), "embedding": position}.get(kind, index),
@@ -149,9 +172,10 @@ def _node(
     }
     if kind == "logit":
         number = node - graph.places("logit").start
-        probability, token = float(graph.probabilities[number]), graph.logit_tokens[number].translate(MARKS)
-        found |= {"token_prob": probability, "is_target_logit": number == 0}
-        found["clerp"] = f'Output "{token}" (p={probability:.3f})'
+        own, weight = graph.logits[number], float(graph.weights[number])
+        p = weight if own.probability is None else own.probability  # the viewer reads one of every logit
+        found |= {"token_prob": p, "is_target_logit": number == 0}
+        found["clerp"] = f'Output "{own.text.translate(MARKS)}" (p={p:.3f})'
     return found
 
 

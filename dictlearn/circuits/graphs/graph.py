@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,19 @@ from dictlearn.types import DictlearnError
 KINDS = ("latent", "error", "embedding", "bias", "other", "logit")
 
 
+class Logit(NamedTuple):
+    """A logit of the next token, before a softcap: of `token` above the mean over the vocabulary, or, with `minus`,
+    above that of another token.
+
+    `text` is for readers; `probability` is the token's (None: of a difference, and until the model has run).
+    """
+
+    text: str
+    token: int
+    minus: int | None = None
+    probability: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """An attribution graph of one prompt.
@@ -30,13 +43,14 @@ class Graph:
     Args:
         prompt, ids, tokens: the prompt, its token ids and each token as text.
         nodes: one row for each node: `kind` (one of `KINDS`), `dictionary` (its name, of latents), `layer` (where a
-            latent reads; embeddings -1, logits n_layers), `position`, `index` (the latent in its dictionary; the
-            token id of embeddings and logits); -1 or "" where a node has none.
+            latent reads; embeddings -1, logits n_layers), `position`, `index` (the latent in its dictionary, as
+            interventions count; the token id of embeddings and logits, of differences of two logits the size of the
+            vocabulary and on, as in circuit-tracer); -1 or "" where a node has none.
         edges: `[n_latents + n_logits, n_sources]`.
         values: of latents; with their decoder rows, what they write.
-        totals: pre-activations of latents, then logits above their mean over the vocabulary, before a softcap.
-        probabilities: of the logits' tokens.
-        logit_tokens: these as text.
+        totals: pre-activations of latents, then `logits`.
+        logits: what the last rows are.
+        weights: how much each of these counts in influence: its probability, or, of chosen ones, all the same.
         info: how it was made: lm, dictionaries, number of active latents, ... (plain values).
         local: the model that it is the graph of, and the places of its latents among those of the model.
     """
@@ -48,8 +62,8 @@ class Graph:
     edges: Float[Tensor, "n_targets n_sources"]
     values: Float[Tensor, " n_latents"]
     totals: Float[Tensor, " n_targets"]
-    probabilities: Float[Tensor, " n_logits"]
-    logit_tokens: list[str]
+    logits: list[Logit]
+    weights: Float[Tensor, " n_logits"]
     info: Mapping[str, Any] = field(default_factory=dict)
     local: tuple[LocalModel, Int[Tensor, " n_latents"]] | None = None
 
@@ -63,7 +77,7 @@ class Graph:
 
     @property
     def n_logits(self) -> int:
-        return len(self.probabilities)
+        return len(self.logits)
 
     @property
     def n_layers(self) -> int:
@@ -106,6 +120,12 @@ class Graph:
         self, local: LocalModel, latents: Int[Tensor, " n_latents"]
     ) -> list[tuple[Int[Tensor, " n"], Targets]]:
         """Rows of `edges`, and the targets there."""
-        tokens = latents.new_tensor(self.nodes["index"].tolist()[self.places("logit")])
-        of_logits = torch.arange(self.n_latents, len(self.totals)), local.logit_targets(tokens)
+        of_logits = torch.arange(self.n_latents, len(self.totals)), logit_targets(local, self.logits)
         return [(rows.cpu(), targets) for rows, targets in local.latent_targets(latents)] + [of_logits]
+
+
+def logit_targets(local: LocalModel, logits: Sequence[Logit]) -> Targets:
+    """Logits in the local model."""
+    tokens = local.ids.new_tensor([one.token for one in logits])
+    minus = local.ids.new_tensor([-1 if one.minus is None else one.minus for one in logits])
+    return local.logit_targets(tokens, minus)

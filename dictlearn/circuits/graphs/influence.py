@@ -1,8 +1,8 @@
 """How much each node matters for the logits of an attribution graph, and how much of that latents explain.
 
 As in Ameisen et al. (2025): A is the matrix of absolute edges, each row divided by its sum over latents, errors and
-embeddings (biases, the same for every prompt, and latents that are no nodes are left out). With w the probabilities
-of the logits,
+embeddings (biases, the same for every prompt, and latents that are no nodes are left out). With w the weights of
+the logits (probabilities, or the same for chosen ones),
 
     influence = w (A + A^2 + ...) = w ((I - A)^-1 - I)
 """
@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 
     replacement: the share of embeddings in the influence of embeddings and errors.
     completeness: the share of what comes into a node that does not come from errors; the mean over nodes weighted
-        by influence (of logits: by probability), embeddings and errors being counted as complete.
+        by influence (of logits: by their weight), embeddings and errors being counted as complete.
     """
 
     replacement: float
@@ -90,9 +90,9 @@ def source_of(graph: Graph) -> Int[Tensor, " n_targets"]:
 
 
 def logit_weights(graph: Graph) -> Float[Tensor, " n_targets"]:
-    """The probabilities of logits, by row; 0 for latents."""
-    probabilities = graph.probabilities.to(graph.edges.dtype)
-    return torch.cat([probabilities.new_zeros(graph.n_latents), probabilities])
+    """How much logits count, by row; 0 for latents."""
+    weights = graph.weights.to(graph.edges.dtype)
+    return torch.cat([weights.new_zeros(graph.n_latents), weights])
 
 
 def node_influence(graph: Graph) -> Sources:
@@ -125,7 +125,7 @@ def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Ke
 
     Nodes of the smallest set with `node_share` of all influence are kept, embeddings and logits always; of the
     edges between them the smallest set with `edge_share` of their scores (share in the target, times the target's
-    influence, of logits probability, in what is left). Then latents without an edge in or out, and errors without
+    influence, of logits their weight, in what is left). Then latents without an edge in or out, and errors without
     one out, are dropped.
 
     Raises DictlearnError for shares outside [0, 1].

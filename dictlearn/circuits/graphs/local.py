@@ -8,11 +8,15 @@ linear skip path. Then every pre-activation and every logit is linear in latents
 
 where `bias` is what is left with all of these at zero: biases of the model and of dictionaries, position
 embeddings, and what MLPs write at special tokens, which is the same for every prompt.
+
+A model in float16 or bfloat16 runs in float32 here, from its first activation on: it is the graph of its weights,
+not of how their products are rounded, and adds up as one of a float32 model does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,11 +27,14 @@ from transformers import PreTrainedModel
 from dictlearn.circuits.cuts import Cut, cuts_of, embeddings
 from dictlearn.circuits.freeze import held, recorded
 from dictlearn.circuits.graphs.layers import Layer, layers_of
+from dictlearn.circuits.surgery import NARROW, in_float32
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm.taps import capture, edit
 from dictlearn.types import DictlearnError, TokenIds
 
 N_PREFIXES = 4  # of a prompt: a target's gradient is zero behind its position
+BLOCK_ELEMENTS = 2**25  # of decoder rows in one piece of work
+KEPT_ELEMENTS = 2**28  # of those that are kept; more are made again for every batch of targets
 
 
 class Active(NamedTuple):
@@ -51,11 +58,12 @@ class Targets(NamedTuple):
     constant: Float[Tensor, " n"]
 
 
-class _Written(NamedTuple):
-    """What latents write at a layer, by position: value times decoder row, filled up with zeros."""
+class _Block(NamedTuple):
+    """The latents that write at a layer, at the positions from `start` on, filled up to the same number."""
 
-    latent: Int[Tensor, "ctx most"]  # its place in `active`; n_sources where there is none
-    rows: Float[Tensor, "ctx most d"]
+    start: int
+    latent: Int[Tensor, "n most"]  # its place in `active`; n_sources where there is none
+    rows: Float[Tensor, "n most d"] | None  # what they write: value times decoder row, or zero; None: not kept
 
 
 class _Graph(NamedTuple):
@@ -87,6 +95,12 @@ class LocalModel:
     def __init__(
         self, model: PreTrainedModel, dictionaries: Mapping[str, Dictionary], ids: TokenIds, n_special: int = 0
     ) -> None:
+        for name, d in dictionaries.items():
+            if d.b_dec.dtype in NARROW:
+                raise DictlearnError(
+                    f"Graphs need dictionaries in float32 or float64, {name} is in {d.b_dec.dtype}: take its "
+                    "float()."
+                )
         self.model, self.ids, self.n_special, self.ctx = model, ids, n_special, ids.shape[1]
         if len(ids) != 1 or not 0 <= n_special < self.ctx:
             raise DictlearnError(
@@ -95,12 +109,14 @@ class LocalModel:
         self.cuts = cuts_of(model, dictionaries)
         self.layers = layers_of(model, self.cuts)
         self._embed = embeddings(model)
-        acts = self._record()
-        self.embedding = acts[self._embed.name][0]
-        self.active = self._find_active(acts)
-        self._written = [self._written_at(number) for number in range(len(self.layers))]
-        self._find_errors(acts)
-        self._start()
+        with in_float32(model):
+            acts = self._record()
+            self.embedding = acts[self._embed.name][0]
+            self.active = self._find_active(acts)
+            self._kept_elements = 0
+            self._blocks = [self._blocks_at(number) for number in range(len(self.layers))]
+            self._find_errors(acts)
+            self._find_reads()
 
     @property
     def n_latents(self) -> int:
@@ -125,13 +141,23 @@ class LocalModel:
             found.append((places, Targets(number, position, vector, constant)))
         return found
 
-    def logit_targets(self, tokens: Int[Tensor, " n"]) -> Targets:
-        """Logits of the next token above their mean over the vocabulary, before a softcap."""
+    @torch.no_grad()
+    def logit_targets(self, tokens: Int[Tensor, " n"], minus: Int[Tensor, " n"] | None = None) -> Targets:
+        """Logits of the next token, before a softcap, above those of the tokens `minus`, or where that is -1 (None:
+        everywhere) above the mean over the vocabulary.
+        """
+        minus = torch.full_like(tokens, -1) if minus is None else minus
+
+        def difference(values: Float[Tensor, "vocab d"]) -> Float[Tensor, "n d"]:
+            wide = torch.promote_types(values.dtype, torch.float32)
+            other = values[minus.clamp_min(0)].to(wide)
+            mean = values.mean(0, dtype=wide)
+            return values[tokens].to(wide) - torch.where((minus < 0).unsqueeze(-1), mean, other)
+
         head = self.model.get_output_embeddings()
         assert head is not None
-        weight, bias = head.get_parameter("weight").detach(), getattr(head, "bias", None)
-        vector = weight[tokens] - weight.mean(0)
-        constant = vector.new_zeros(len(tokens)) if bias is None else bias[tokens] - bias.mean()
+        vector, bias = difference(head.get_parameter("weight")), getattr(head, "bias", None)
+        constant = vector.new_zeros(len(tokens)) if bias is None else difference(bias.unsqueeze(-1)).squeeze(-1)
         return Targets(len(self.layers), torch.full_like(tokens, self.ctx - 1), vector, constant)
 
     @torch.no_grad()
@@ -168,9 +194,11 @@ class LocalModel:
                 continue
             grad = grad[:, 0].to(found.dtype)  # [n, ctx, d]
             errors[:, number] = (grad * self.errors[number, :ctx]).sum(-1)
-            if (own := self._written[number]) is not None:
-                along = torch.einsum("ntd,tmd->ntm", grad, own.rows[:ctx])
-                found.index_add_(1, own.latent[:ctx].flatten(), along.flatten(1))
+            for block in self._blocks[number]:
+                here = slice(block.start, min(block.start + len(block.latent), ctx))
+                if (m := here.stop - here.start) > 0:
+                    along = torch.einsum("ntd,tmd->ntm", grad[:, here], self._rows(number, block)[:m])
+                    found.index_add_(1, block.latent[:m].flatten(), along.flatten(1))
         if at_embedding is not None:
             errors[:, -1] = (at_embedding[:, 0] * self.embedding[:ctx]).sum(-1)
         return found
@@ -181,7 +209,11 @@ class LocalModel:
 
     def total(self, targets: Targets) -> Float[Tensor, " n"]:
         """What targets are on the prompt."""
-        return self._value(targets, self._graphs[-1].reads)
+        return self._value(targets, self._reads)
+
+    def release(self) -> None:
+        """Forget what only `edges` needs; it is made again when it is called."""
+        vars(self).pop("_graphs", None)
 
     @torch.no_grad()
     def change(self, source: int, targets: Sequence[Targets]) -> list[Float[Tensor, " n"]]:
@@ -194,10 +226,14 @@ class LocalModel:
             embedding[0, position] += self.embedding[position]
         elif number >= 0:
             written[number][0, position] += self.errors[number, position].to(written[number].dtype)
-        for whole, own in zip(written, self._written, strict=True):
-            if own is not None and source < self.n_latents:
-                whole[0] += (own.rows * (own.latent == source).unsqueeze(-1)).sum(1).to(whole.dtype)
-        reads = self._forward(embedding, written)
+        for number, blocks in enumerate(self._blocks if source < self.n_latents else []):
+            for block in blocks:
+                row, column = (block.latent == source).nonzero(as_tuple=True)  # of one place, or none
+                if len(row):
+                    added = self._rows(number, block)[row, column]
+                    written[number][0, block.start + row] += added.to(written[number].dtype)
+        with in_float32(self.model):
+            reads = self._forward(embedding, written)
         return [self._value(own, reads) - self.total(own) for own in targets]
 
     @staticmethod
@@ -239,26 +275,46 @@ class LocalModel:
         return Active(*(part[order] for part in joined))
 
     @torch.no_grad()
-    def _written_at(self, number: int) -> _Written | None:
+    def _blocks_at(self, number: int) -> list[_Block]:
+        """The latents that write at a layer; consecutive positions together, as far as their rows are few."""
         layer, active = self.layers[number], self.active
         if layer.cut is None:
-            return None
+            return []
         of_cut = torch.tensor(
             [other.cut is layer.cut for other in self.layers[: number + 1]], device=self.ids.device
         )
         (latents,) = (of_cut[active.layer.clamp_max(number)] & (active.layer <= number)).nonzero(as_tuple=True)
         position = active.position[latents]
         order = position.argsort(stable=True)
-        latents, position = latents[order], position[order]
-        counts = position.bincount(minlength=self.ctx)
-        place = torch.arange(len(latents), device=latents.device) - (counts.cumsum(0) - counts)[position]
-        most = int(counts.max())
-        where = latents.new_full((self.ctx, most), self.n_sources)
-        where[position, place] = latents
-        written = active.value[latents].unsqueeze(-1) * layer.decoder_rows(active.latent[latents])
-        rows = written.new_zeros(self.ctx, most, written.shape[-1])
-        rows[position, place] = written
-        return _Written(where, rows)
+        by_position = latents[order].split(position.bincount(minlength=self.ctx).tolist())
+        d, found, start = layer.cut.dictionary.d_out, [], 0
+        while start < self.ctx:
+            most = n = 0
+            for own in by_position[start:]:
+                if n and (n + 1) * max(most, len(own)) * d > BLOCK_ELEMENTS:
+                    break
+                most, n = max(most, len(own)), n + 1
+            where = latents.new_full((n, most), self.n_sources)
+            for row, own in zip(where, by_position[start : start + n], strict=True):
+                row[: len(own)] = own
+            block = _Block(start, where, None)
+            if most:
+                self._kept_elements += where.numel() * d
+                keeps = self._kept_elements <= KEPT_ELEMENTS
+                found.append(block._replace(rows=self._rows(number, block)) if keeps else block)
+            start += n
+        return found
+
+    def _rows(self, number: int, block: _Block) -> Float[Tensor, "n most d"]:
+        """What the latents of a block write at a layer: value times decoder row, zero where there is no latent."""
+        if block.rows is not None:
+            return block.rows
+        own, active = block.latent.flatten(), self.active
+        is_filled = own == self.n_sources
+        own = own.masked_fill(is_filled, 0)
+        value = active.value[own].masked_fill(is_filled, 0)
+        rows = value.unsqueeze(-1) * self.layers[number].decoder_rows(active.latent[own])
+        return rows.unflatten(0, block.latent.shape)
 
     @torch.no_grad()
     def _find_errors(self, acts: Mapping[str, Tensor]) -> None:
@@ -266,28 +322,38 @@ class LocalModel:
         self._wholes: list[Tensor] = []  # each [1, ctx, d]
         self._biases: list[Tensor] = []
         errors = []
-        for layer, written in zip(self.layers, self._written, strict=True):
+        for number, layer in enumerate(self.layers):
             whole = acts[layer.write.name]
             if layer.read is not None and (skip := layer.skip(acts[layer.read.name])) is not None:
                 whole = whole.to(skip.dtype) - skip
             wide = whole if layer.bias is None else whole.to(layer.bias.dtype)
             bias = torch.zeros_like(wide) if layer.bias is None else layer.bias.expand_as(wide).clone()
             bias[:, : self.n_special] = wide[:, : self.n_special]
-            errors.append((wide - bias)[0] - (0 if written is None else written.rows.sum(1)))
+            error = (wide - bias)[0]
+            for block in self._blocks[number]:
+                error[block.start : block.start + len(block.latent)] -= self._rows(number, block).sum(1)
+            errors.append(error)
             self._wholes.append(whole)
             self._biases.append(bias)
         self.errors = torch.stack(errors)
 
-    def _start(self) -> None:
-        """The local model with its graph, on prefixes of the prompt, and with all sources at zero."""
+    @torch.no_grad()
+    def _find_reads(self) -> None:
+        """What layers and the unembedding read on the prompt, and with all sources at zero."""
         whole = self.embedding.unsqueeze(0)
-        self._graphs = []
+        self._reads = self._forward(whole, self._wholes)
+        self._reads_of_biases = self._forward(torch.zeros_like(whole), self._biases)
+
+    @cached_property
+    def _graphs(self) -> list[_Graph]:
+        """The local model with its graph, on prefixes of the prompt."""
+        found = []
         for ctx in sorted({-(-self.ctx * part // N_PREFIXES) for part in range(1, N_PREFIXES + 1)}):
-            embedding, *written = (part[:, :ctx].detach().requires_grad_() for part in (whole, *self._wholes))
-            with torch.enable_grad():
-                self._graphs.append(_Graph(embedding, written, self._forward(embedding, written)))
-        with torch.no_grad():
-            self._reads_of_biases = self._forward(torch.zeros_like(whole), self._biases)
+            parts = (self.embedding.unsqueeze(0), *self._wholes)
+            embedding, *written = (part[:, :ctx].detach().requires_grad_() for part in parts)
+            with torch.enable_grad(), in_float32(self.model):
+                found.append(_Graph(embedding, written, self._forward(embedding, written)))
+        return found
 
     def _forward(self, embedding: Tensor, written: Sequence[Tensor]) -> list[Tensor]:
         """What each layer reads, and last the unembedding, where layers write `written` beside their skip paths, on

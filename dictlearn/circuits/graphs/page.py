@@ -40,6 +40,7 @@ def page_data(graph: Graph, kept: Kept, top_tokens: Mapping[int, TopTokens]) -> 
         "prompt": graph.prompt,
         "lm": graph.info.get("lm", ""),
         "dictionaries": list(graph.info.get("dictionaries", [])),
+        "n_per_layer": dict(graph.info["n_per_layer"]),
         "n_layers": graph.n_layers,
         "tokens": list(graph.tokens),
         "scores": {name: _short(value) for name, value in scores._asdict().items()},
@@ -66,8 +67,9 @@ def _nodes(
     for node, own in zip(shown, records(graph, shown), strict=True):
         if own["kind"] == "logit":
             number = node - logits.start
-            probability = _short(float(graph.probabilities[number]))
-            own |= {"text": graph.logit_tokens[number], "probability": probability}
+            logit, weight = graph.logits[number], _short(float(graph.weights[number]))
+            probability = None if logit.probability is None else _short(logit.probability)
+            own |= {"text": logit.text, "probability": probability, "weight": weight}
             own["row"] = rows[graph.n_latents + number]
         else:
             own["influence"] = _short(share[node])

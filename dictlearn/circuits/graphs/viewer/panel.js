@@ -27,9 +27,10 @@ const chips = (texts) => texts.map((text) => html("span", { class: "chip" }, vis
 function facts(node) {
   const found = [["at", [`“${tokenAt(node)}” (${node.position})`]]];
   const add = (name, value, show) => { if (value !== undefined) found.push([name, [show(value)].flat()]); };
+  if (node.dictionary in data.n_per_layer) add(`number in ${node.dictionary}`, node.index, String);
   add("activation", node.activation, number);
-  add("probability", node.probability, percent);
-  add(node.kind === "logit" ? "logit above the mean" : "pre-activation", node.row?.total, number);
+  add("probability", node.probability ?? undefined, percent);
+  add(valueName(node), node.row?.total, number);
   add("influence", node.influence, percent);
   if (node.promoted?.length) {
     add("promotes", node.promoted, chips);
@@ -39,12 +40,11 @@ function facts(node) {
 }
 function inputs(node) {
   const { n_pruned: n, pruned, bias, other, total: all } = node.row;
-  const of = node.kind === "logit" ? "logit above the mean" : "pre-activation";
   return part(`Inputs (${node.ins.length})`, note("Weight, and its share of the sizes of all inputs."),
     list("inputs", node.ins.map((edge) => row(edge.source, edge.share, edge.weight))),
     list("sums", [
       sum(`${n} pruned edge${n === 1 ? "" : "s"}`, pruned), sum("biases", bias),
-      ...(other ? [sum("latents that are no nodes", other)] : []), sum(`sum: ${of}`, all, "total")]));
+      ...(other ? [sum("latents that are no nodes", other)] : []), sum(`sum: ${valueName(node)}`, all, "total")]));
 }
 function outputs(node) {
   return part(`Outputs (${node.outs.length})`, note("Weight, and its share of the sizes of all inputs there."),
@@ -64,15 +64,15 @@ function key(kind, text) {
 }
 function overview() {
   return [
-    html("section", {}, html("h2", {}, "How the model came to its next token"),
+    html("section", {}, html("h2", {}, "How the model came to these logits"),
       html("p", { class: "muted" }, `Dictionaries: ${data.dictionaries.join(", ")}`),
       html("div", { class: "key" },
         ...key("latent", "active latent; larger and stronger: more influence"),
         ...key("error", "what the dictionary of a layer does not explain"),
-        ...key("embedding", "below: token embedding; on top: likely next token")),
+        ...key("embedding", "below: token embedding; on top: logit of a next token")),
       note("Blue edges raise their target, orange ones lower it. Hover for details, click for inputs and outputs, "
         + "Ctrl or Shift and click to pin; Esc clears. The address keeps what is selected.")),
-    part("Latents of most influence", note("Share of the influence of all nodes on the next token."),
+    part("Latents of most influence", note("Share of the influence of all nodes on the logits."),
       list("top", latents.slice(0, 40).map((node) => row(node, matters(node)))))];
 }
 function selected(node) {
@@ -126,12 +126,15 @@ function fromAddress() {
   reveal(state.clicked);
 }
 
-// A latent by its number, "dictionary / number" or "layer / number"; else nodes at a token, or that promote it.
+// A latent by its number in the layer, "layer / number" or "dictionary / number", of a cross-layer transcoder that
+// among the latents of all layers; else nodes at a token, or that promote it.
 function matches(query) {
   const wanted = query.trim().toLowerCase(), has = (text) => bare(text).toLowerCase().includes(wanted);
   if (!wanted) return [];
-  const names = ({ id, dictionary, layer, index: i }) => [id, `${dictionary}/${i}`, `${layer}/${i}`, `${i}`];
-  const named = latents.filter((node) => names(node).includes(wanted.replaceAll(" ", "")));
+  const names = (node) => [
+    node.id, title(node), `${node.dictionary}/${node.index}`, `${node.layer}/${node.in_layer}`, `${node.in_layer}`];
+  const short = (text) => text.toLowerCase().replaceAll(" ", "");
+  const named = latents.filter((node) => names(node).map(short).includes(short(wanted)));
   if (named.length) return named;
   const own = (node) => (node.kind === "logit" ? bare(node.text) : tokenAt(node));
   return nodes.filter((node) => has(own(node)) || node.promoted?.some(has)).sort(byInfluence);

@@ -21,7 +21,7 @@ for (const node of nodes) {
   node.ins.sort((a, b) => b.size - a.size);
   node.outs.sort((a, b) => b.size - a.size);
 }
-const matters = (node) => node.influence ?? node.probability ?? 0;
+const matters = (node) => node.influence ?? node.weight ?? 0;
 const byInfluence = (a, b) => matters(b) - matters(a);
 const latents = nodes.filter((node) => node.kind === "latent").sort(byInfluence);
 const most = latents.length ? matters(latents[0]) : 1;
@@ -63,13 +63,20 @@ function number(value, signed = false) {
 const sign = (weight) => (weight < 0 ? "negative" : "positive");
 
 function title(node) {
-  if (node.kind === "latent") return `${node.dictionary} / ${node.index}`;
+  if (node.kind === "latent") {
+    const layer = node.dictionary in data.n_per_layer ? ` layer ${node.layer}` : "";
+    return `${node.dictionary}${layer} / ${node.in_layer}`;
+  }
   if (node.kind === "error") return `error of layer ${node.layer}`;
   return `${node.kind} “${node.kind === "logit" ? bare(node.text) : tokenAt(node)}”`;
 }
-const logitLabel = (node) => `${cut(bare(node.text), 12)} ${percent(node.probability)}`;
+const isDifference = (node) => node.kind === "logit" && node.probability === null;
+const withShare = (text, node) => (isDifference(node) ? text : `${text} ${percent(node.probability)}`);
+const logitLabel = (node) => withShare(cut(bare(node.text), isDifference(node) ? 25 : 12), node);
+const valueName = (node) => (
+  isDifference(node) ? "difference of logits" : node.kind === "logit" ? "logit above the mean" : "pre-activation");
 function inList(node) {
-  if (node.kind === "logit") return `${title(node)} ${percent(node.probability)}`;
+  if (node.kind === "logit") return withShare(title(node), node);
   if (node.kind === "embedding") return `${title(node)} @${node.position}`;
   const top = node.promoted?.length ? ` → ${bare(node.promoted[0])}` : "";
   return `${title(node)} @${node.position} ${tokenAt(node)}${top}`;
