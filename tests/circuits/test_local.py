@@ -11,8 +11,11 @@ from transformers import PreTrainedModel
 from dictlearn import attach
 from dictlearn.circuits.graphs.local import LocalModel, Targets
 from dictlearn.dictionaries import Dictionary
+from dictlearn.dictionaries.linear import Linear
+from dictlearn.sparsifiers.relu import ReLU
+from dictlearn.sparsifiers.top_k import TopK
 from tests.circuits.graphs_setup import N_LAYERS, cross_layer, some_ids, transcoders
-from tests.circuits.setup import tiny_model
+from tests.circuits.setup import filled, tiny_model
 
 FAMILIES = ("gpt2", "llama", "gemma2", "gpt_neox")
 MAKERS = {
@@ -45,6 +48,20 @@ def test_rows_add_up(model: PreTrainedModel, dictionaries: dict[str, Dictionary]
         row = local.edges(targets).sum(-1) + local.bias(targets)
         torch.testing.assert_close(row, total, atol=1e-9, rtol=1e-9)
         assert total.abs().max() > 0.1
+
+
+def test_dictionaries_of_unequal_sizes(tmp_path: Path) -> None:
+    """Positions without a latent at one layer have none of another layer's numbers."""
+    model, made = tiny_model(tmp_path, "gpt2", n_layers=N_LAYERS), {}
+    for layer, (n, sparsifier) in enumerate([(64, TopK(k=1)), (8, ReLU(l1=0.0)), (4, ReLU(l1=0.0))]):
+        own = Linear(16, 16, n, sparsifier, [f"mlp_in.{layer}"], [f"mlp_out.{layer}"])
+        made[f"mlp.{layer}"] = filled(own, layer + 5)
+    local = LocalModel(model, made, some_ids())
+    assert local.active.latent[0] >= 8
+    assert len(set(local.active.position[local.active.layer == 1].bincount().tolist())) > 1
+    for targets in _all_targets(local):
+        row = local.edges(targets).sum(-1) + local.bias(targets)
+        torch.testing.assert_close(row, local.total(targets), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("n_special", [0, 1])

@@ -34,7 +34,7 @@ from dictlearn.types import DictlearnError, TokenIds
 
 N_PREFIXES = 4  # of a prompt: a target's gradient is zero behind its position
 BLOCK_ELEMENTS = 2**25  # of decoder rows in one piece of work
-KEPT_ELEMENTS = 2**28  # of those that are kept; more are made again for every batch of targets
+KEPT_ELEMENTS = 2**27  # of those that are kept; more are made again for every batch of targets
 
 
 class Active(NamedTuple):
@@ -212,8 +212,9 @@ class LocalModel:
         return self._value(targets, self._reads)
 
     def release(self) -> None:
-        """Forget what only `edges` needs; it is made again when it is called."""
+        """Forget what can be made again: the graphs of gradients, which hold weights, and decoder rows."""
         vars(self).pop("_graphs", None)
+        self._blocks = [[block._replace(rows=None) for block in blocks] for blocks in self._blocks]
 
     @torch.no_grad()
     def change(self, source: int, targets: Sequence[Targets]) -> list[Float[Tensor, " n"]]:
@@ -313,7 +314,8 @@ class LocalModel:
         is_filled = own == self.n_sources
         own = own.masked_fill(is_filled, 0)
         value = active.value[own].masked_fill(is_filled, 0)
-        rows = value.unsqueeze(-1) * self.layers[number].decoder_rows(active.latent[own])
+        latent = active.latent[own].masked_fill(is_filled, 0)  # that of another layer may not be there at this one
+        rows = value.unsqueeze(-1) * self.layers[number].decoder_rows(latent)
         return rows.unflatten(0, block.latent.shape)
 
     @torch.no_grad()
