@@ -205,11 +205,12 @@ def test_blocks_of_decoder_rows_change_nothing(gpt2: LM, maker: Any, monkeypatch
         monkeypatch.setattr(local, "KEPT_ELEMENTS", kept)
         graph = attribution_graph(gpt2, dictionaries, some_ids())
         torch.testing.assert_close(graph.edges, plain.edges, atol=1e-12, rtol=1e-12)
-        assert graph.local is not None
-        made = [own.rows for blocks in graph.local[0]._blocks for own in blocks]
+        blocks = LocalModel(gpt2.model, dictionaries, some_ids())._blocks
+        made = [one.rows for own in blocks for one in own]
         assert any(rows is None for rows in made)
         assert sum(rows.numel() for rows in made if rows is not None) <= kept
-        assert len(made) == N_LAYERS * 7 if block == 1 else True  # a position each
+        if block == 1:
+            assert len(made) == N_LAYERS * 7  # a position each
         assert (graph.validate(20)["largest_difference"].to_numpy() < 1e-9).all()
 
 
@@ -218,8 +219,8 @@ def test_a_graph_that_is_too_large_is_refused_before_edges(gpt2: LM, monkeypatch
     graph = attribution_graph(gpt2, dictionaries, some_ids(), max_latents=10, batch_size=4)
     n_active, n_sources = graph.info["n_active"], graph.info["n_active"] + (N_LAYERS + 1) * 7
     assert n_active > 50
-    rows = graph.n_logits + 10 + 4
-    monkeypatch.setattr(build, "memory_of", lambda _: 2 * rows * n_sources * 8)
+    n_elements = (graph.n_logits + 10) * n_sources + graph.edges.numel() + 2 * 4 * n_sources
+    monkeypatch.setattr(build, "memory_of", lambda _: 8 * n_elements)
     attribution_graph(gpt2, dictionaries, some_ids(), max_latents=10, batch_size=4)
     monkeypatch.setattr(LocalModel, "edges", None)
     message = rf"with 11 of {n_active} active latents .* with batch_size=4, max_latents=10 would fit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -120,18 +121,23 @@ def _logits(
 
 
 def _check_memory(local: LocalModel, n_logits: int, max_latents: int, batch_size: int) -> None:
-    """Raises DictlearnError where the rows, which are there twice while they are sorted, and a batch of them are
-    more than there is.
+    """Raises DictlearnError where the rows, over all sources and sorted over the nodes alone, and a batch in work
+    are more than there is.
     """
-    device, row = local.ids.device, local.n_sources * local.errors.element_size()  # bytes
-    n_latents = min(max_latents, local.n_latents)
-    needed, there = (n_logits + n_latents + batch_size) * 2 * row, memory_of(device)
-    if needed > there:
-        fits = max(0, there // (2 * row) - n_logits - batch_size)
+    device, size = local.ids.device, local.errors.element_size()
+    n_latents, others = min(max_latents, local.n_latents), local.n_sources - local.n_latents + 2
+
+    def needed(n: int) -> int:
+        """Bytes with so many latents as nodes."""
+        return size * ((n_logits + n) * (local.n_sources + n + others) + 2 * batch_size * local.n_sources)
+
+    if needed(n_latents) > (there := memory_of(device)):
+        fits = max(0, bisect_right(range(n_latents), there, key=needed) - 1)
         raise DictlearnError(
-            f"A graph with {n_latents} of {local.n_latents} active latents as nodes takes {needed / 1e9:.1f} GB, "
-            f"and there are {there / 1e9:.1f} GB on {device}: with batch_size={batch_size}, max_latents={fits} "
-            "would fit. Fewer are active in a sparser dictionary and a shorter prompt."
+            f"A graph with {n_latents} of {local.n_latents} active latents as nodes takes "
+            f"{needed(n_latents) / 1e9:.1f} GB, and there are {there / 1e9:.1f} GB on {device}: with "
+            f"batch_size={batch_size}, max_latents={fits} would fit. Fewer are active in a sparser dictionary or "
+            "a shorter prompt."
         )
 
 
