@@ -62,6 +62,14 @@ class PairBatch:
     def ctx(self) -> int:
         return self.clean.shape[1]
 
+    @property
+    def since(self) -> int:
+        """The first position at which any pair differs; what a causal LM computes before it is the same. The last
+        position where none differs.
+        """
+        (differing,) = (self.clean != self.patch).any(0).nonzero(as_tuple=True)
+        return int(differing[0]) if len(differing) else self.ctx - 1
+
     def value(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
         """The metric of each row, from the logits after its last token, in float32 at least."""
         return METRICS[self.metric](widened(logits), self.answers, self.wrong)

@@ -409,3 +409,17 @@ def test_relevance_of_a_site_adds_up(model: GetModel, family: str, attention: bo
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
     plain = node_scores(own, dictionaries, batch)
     assert not torch.allclose(plain["stream"].latents, found["stream"].latents, rtol=0.01)
+
+
+def test_before_pairs_differ_there_is_nothing(model: GetModel) -> None:
+    """In a causal model; and pairs that do not differ at all have no scores."""
+    own, batch = model("gpt2"), some_pairs()
+    assert batch.since == 1
+    same = replace(batch, patch=batch.clean)
+    assert same.since == batch.ctx - 1
+    for pairs, since in ((batch, 1), (same, batch.ctx)):
+        found = node_scores(own, scaled_dictionaries(own), pairs)
+        for nodes in found.values():
+            assert not nodes.latents[:since].any()
+            assert not nodes.errors[:, :since].any()
+        assert bool(found["stream"].latents[since:].any()) == (pairs is batch)

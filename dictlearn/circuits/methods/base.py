@@ -18,7 +18,7 @@ from dictlearn.circuits.pairs import PairBatch
 from dictlearn.lm.taps import capture, edit
 from dictlearn.types import Site, SparseLatents, TokenIds
 
-N_ROWS = 32  # pairs in one forward
+N_ROWS = 64  # pairs in one forward
 Gradients = Mapping[str, Float[Tensor, "n ctx n_writes d_out"]]  # of the metric at the write sites, by dictionary
 
 
@@ -92,9 +92,9 @@ def scores_of(
 ) -> dict[str, NodeValues]:
     """(patch - clean) of every node along the gradient, summed over the positions of a node, the mean over pairs.
 
-    Only latents that are active on the clean or the patch prompt are touched. At each write site the scores of
-    latents and errors add up to gradient . (x_patch - x_clean), x being the activation without what a skip path
-    writes.
+    Only latents that are active on the clean or the patch prompt are touched, at positions since the pairs differ.
+    At each write site the scores of latents and errors add up to gradient . (x_patch - x_clean), x being the
+    activation without what a skip path writes.
     """
     return {
         cut.name: _scores(cut, batch, positions, clean, patch, grads[cut.name].to(cut.dictionary.b_dec.dtype))
@@ -110,16 +110,18 @@ def _scores(
     patch: Acts,
     grad: Float[Tensor, "n ctx n_writes d_out"],
 ) -> NodeValues:
-    label = labels(batch.ctx, positions, batch.n_special, grad.device)
+    since = batch.since
+    label = labels(batch.ctx, positions, batch.n_special, grad.device)[since:]
     n_labels, n_latents = n_positions(batch.ctx, positions), cut.dictionary.n_latents
-    tables, rests = grad.new_zeros(2, n_labels, n_latents), []
-    for table, acts in zip(tables, (patch, clean), strict=True):
+    tables, rests, grad = grad.new_zeros(2, n_labels, n_latents), [], grad[:, since:]
+    for table, own in zip(tables, (patch, clean), strict=True):
+        acts = {name: own[name][:, since:] for name in cut.sites}
         values = cut.values(acts)
         written, effects = cut.written_along(values, grad.flatten(0, 1))
         add_by_node_(table, values, effects, label)
         rests.append(cut.rests(acts, written.unflatten(0, grad.shape[:2])))
     latents = tables[0].sub_(tables[1])  # exactly zero where the pairs agree
-    moved = (rests[0] - rests[1]).mul_(grad).sum((0, -1))  # [ctx, n_writes]
+    moved = (rests[0] - rests[1]).mul_(grad).sum((0, -1))  # [positions, n_writes]
     return NodeValues(latents / len(batch), by_label(moved.T, label, n_labels) / len(batch))
 
 
