@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from dictlearn.circuits.baselines import EXACT, neurons, pca, random
 from dictlearn.circuits.block import numbers
 from dictlearn.circuits.cuts import Cut, cuts_of, record
 from dictlearn.circuits.discrete import DiscreteCodes, discrete_scores, null_scores
-from dictlearn.circuits.faithfulness import ERRORS, curves, error_share
+from dictlearn.circuits.faithfulness import ERRORS, curve, curves, error_share
 from dictlearn.circuits.heads import (
     exact_head_effects,
     head_outputs,
@@ -154,6 +155,29 @@ def faithfulness(lm: LM, by_kind: Mapping[str, Mapping[str, Dictionary]], task: 
     return found
 
 
+def single_pairs(lm: LM, by_kind: Mapping[str, Mapping[str, Dictionary]], task: Task, n: int) -> dict[str, Any]:
+    """Sizes of circuits that are found and judged on one pair, the median over `n`: what one prompt needs, where
+    the circuit of a task has the nodes of all its words.
+    """
+    pairs = task.pairs(lm.tokenizer, n, 0, bos=True)
+    found: dict[str, Any] = {}
+    for kind, own in by_kind.items():
+        cuts = cuts_of(lm.model, own)
+        errors = "kept" if kind in EXACT else "scored"
+        lines = [
+            curve(lm.model, cuts, Ablation(lm.model, cuts, one), RelP().scores(lm.model, cuts, one, "each"), errors)
+            for one in pairs.split(1)
+        ]
+        of_kind: dict[str, Any] = {"n_pairs": n}
+        for level in (0.5, 0.8):
+            sizes = [line.n_at(level) for line in lines]
+            reached = sorted(math.inf if size is None else size for size in sizes)
+            middle = median(reached)
+            of_kind[f"n_at_{level}"] = middle if math.isfinite(middle) else None
+        found[kind] = of_kind
+    return found
+
+
 def heads(lm: LM, name: str, n: int) -> dict[str, Any]:
     """ROC AUC of estimates against heads whose exact effect is at least a tenth of the largest."""
     pairs = HEAD_TASKS[name].pairs(lm.tokenizer, n, 0, bos=True)
@@ -239,6 +263,12 @@ def show(results: Mapping[str, Any]) -> None:
             rows,
         )
     )
+    rows = [
+        [task, cut, *(_number(own[f"n_at_{level}"]) for level in (0.5, 0.8))]
+        for task, cuts in results["single_pairs"].items()
+        for cut, own in cuts.items()
+    ]
+    print(table("Circuits of single pairs, errors scored (median)", ["task", "cut", "N at .5", "N at .8"], rows))
     estimates = [*METHODS, "mean_difference", "discrete", "discrete, labels permuted"]
     rows = [
         [
@@ -260,6 +290,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the training run")
     parser.add_argument("--pairs", type=int, default=64, help="prompt pairs of each task")
+    parser.add_argument(
+        "--single-pairs", type=int, default=8, help="pairs that circuits of their own are found for"
+    )
     parser.add_argument("--nodes", type=int, default=600, help="nodes of each kind of site to patch one by one")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of these alone")
@@ -270,12 +303,13 @@ def main() -> None:
     lm = load_lm(str(LM_FOLDER))
     by_kind = {"dictionaries": dictionaries, **baselines(lm, dictionaries)}
     results: dict[str, Any] = {"hardware": hardware(), "pairs": arguments.pairs, "dictionaries": list(dictionaries)}
-    results |= {"agreement": {}, "faithfulness": {}, "heads": {}}
+    results |= {"agreement": {}, "faithfulness": {}, "single_pairs": {}, "heads": {}}
     results["cost"] = cost(lm, dictionaries, arguments.pairs, arguments.rounds)
     for name in arguments.tasks.split(","):
         pairs = TASKS[name].pairs(lm.tokenizer, 16, 0, bos=True)
         results["agreement"][name] = agreement_with_exact(lm, dictionaries, pairs, arguments.nodes)
         results["faithfulness"][name] = faithfulness(lm, by_kind, TASKS[name], arguments.pairs)
+        results["single_pairs"][name] = single_pairs(lm, by_kind, TASKS[name], arguments.single_pairs)
         results["heads"][name] = heads(lm, name, arguments.pairs)
         print(f"{name} done", flush=True)
     show(results)
