@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dictlearn import Scale, intervene
+from dictlearn.circuits.graphs import build
 from dictlearn.circuits.graphs.build import attribution_graph
 from dictlearn.circuits.graphs.graph import KINDS, Graph, Logit
 from dictlearn.circuits.graphs.influence import graph_scores, influence, node_influence, prune, shares, source_of
@@ -74,6 +75,28 @@ def test_a_budget_takes_the_most_influential_first(gpt2: LM) -> None:
     direct = whole.weights.double() @ shares(whole.edges[whole.n_latents :, : whole.places("bias").start])
     best = whole.nodes.iloc[int(direct[: whole.n_latents].argmax())]
     assert one.nodes.iloc[0].tolist() == best.tolist()
+
+
+def test_a_budget_is_spent_by_influence_on_the_rows_so_far(gpt2: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three latents at a time, against a dense solve on the rows that are known, with logits of unequal weight."""
+    probabilities = torch.tensor([0.95, 0.03, 0.02])
+    monkeypatch.setattr(build, "likeliest", lambda *_: (torch.tensor([5, 60, 33]), probabilities))
+    monkeypatch.setattr(build, "RERANK", 1)
+    dictionaries = transcoders(gpt2.model)
+    whole = attribution_graph(gpt2, dictionaries, some_ids())
+    n, n_sources = whole.n_latents, whole.places("bias").start
+    edges, known = shares(whole.edges[:, :n_sources]), list[int]()
+    for _ in range(6):
+        square = torch.zeros(n_sources, n_sources, dtype=torch.float64)
+        square[known] = edges[known]
+        direct = probabilities.double() @ edges[n:]
+        found = torch.linalg.solve((torch.eye(n_sources).double() - square).T, direct)[:n]
+        found[known] = -1
+        known += found.topk(3).indices.tolist()
+    graph = attribution_graph(gpt2, dictionaries, some_ids(), max_latents=18, batch_size=3)
+    columns = ["layer", "position", "index"]
+    expected = whole.nodes.iloc[sorted(known)][columns].to_numpy()
+    assert graph.nodes.iloc[: graph.n_latents][columns].to_numpy().tolist() == expected.tolist()
 
 
 def test_edges_lead_to_later_layers(gpt2: LM) -> None:
