@@ -67,6 +67,8 @@ HEAD_TASKS = TASKS | {"ioi": IOI("abc")}
 DISCRETE = ("ioi", "greater_than", "docstring")
 METHODS = {"gradient": Gradient(), "relp": RelP(), "integrated_gradients": IntegratedGradients()}
 KINDS = ("resid_post", "attn_out", "mlp_out")
+# Pairs that nodes are patched on, so that 500 nodes of each kind of site differ.
+N_EXACT = {"ioi": 16, "greater_than": 32, "agreement": 16, "docstring": 16}
 N_TEXT = 64  # rows that PCA and random dictionaries are made from
 
 
@@ -306,7 +308,7 @@ def main() -> None:
     results |= {"agreement": {}, "faithfulness": {}, "single_pairs": {}, "heads": {}}
     results["cost"] = cost(lm, dictionaries, arguments.pairs, arguments.rounds)
     for name in arguments.tasks.split(","):
-        pairs = TASKS[name].pairs(lm.tokenizer, 16, 0, bos=True)
+        pairs = TASKS[name].pairs(lm.tokenizer, N_EXACT[name], 0, bos=True)
         results["agreement"][name] = agreement_with_exact(lm, dictionaries, pairs, arguments.nodes)
         results["faithfulness"][name] = faithfulness(lm, by_kind, TASKS[name], arguments.pairs)
         results["single_pairs"][name] = single_pairs(lm, by_kind, TASKS[name], arguments.single_pairs)
