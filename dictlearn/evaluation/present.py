@@ -29,7 +29,8 @@ def evaluate_and_show(
         plot_report(report, plots)
     for plot, report in _circuits(results.reports).items():
         plot_circuits(report, plots / plot)
-    if len(sweep := sweep_table(results.reports)) > 1:
+    sweep = sweep_table(results.reports)
+    if sweep.dictionary.nunique() > 1:
         plot_sweep(sweep, plots / "circuits_sweep.png")
     if any({"sparsity", "behaviour"} & report.keys() for report in results.reports.values()):
         console.print(report_table(results.reports))
