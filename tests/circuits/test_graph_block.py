@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def test_the_numbers_are_those_of_the_graph(lm: LM, tmp_path: Path) -> None:
     assert found["n_kept_edges"] == int(kept.edges.sum())
     assert found["n_kept_latents"] + found["n_kept_errors"] + len(graph.tokens) == int(kept.nodes.sum())
     assert found["targets"] == [own.text for own in graph.logits]
+    assert found["target_probabilities"] == [[own.probability] for own in graph.logits]
     assert (found["next_token"], found["probability"]) == (graph.logits[0].text, graph.logits[0].probability)
     assert found["dictionaries"] == ["t1", "t3"]
     json.dumps(found, allow_nan=False)
@@ -118,14 +120,20 @@ def test_chosen_targets_are_a_graph_of_their_own(lm: LM, tmp_path: Path) -> None
     """Two graphs of one prompt lie beside each other, with their scores, and the same one again replaces itself."""
     own, ids = some_transcoders(), torch.randint(3, 600, (2, 16))
     context = EvaluationContext(lm, own, ids, torch.ones_like(ids, dtype=torch.bool))
-    for targets in (None, [["Mary", "John"]], [["Mary", "John"]]):
+    for targets in (None, [[" Mary", " John"]], [[" Mary", " John"]]):
         block = PromptGraph(PROMPT, str(tmp_path), targets, max_latents=20)
         found = block.run(context)["t1"]["graph"]
-    assert found["targets"] == ["Mary - John"]
+    assert found["targets"] == ["␣Mary - ␣John"]
+    ids = attribution_graph(lm, own, PROMPT).ids[None]
+    p = lm.model(ids).logits[0, -1].softmax(-1)
+    of_words = [
+        float(p[lm.tokenizer(word, add_special_tokens=False)["input_ids"][0]]) for word in (" Mary", " John")
+    ]
+    assert found["target_probabilities"] == [pytest.approx(of_words, rel=1e-3)]
     listed = json.loads((tmp_path / "graph-metadata.json").read_text(encoding="utf-8"))["graphs"]
     likeliest = [logit.text for logit in attribution_graph(lm, own, PROMPT).logits]
     assert found["next_token"] == likeliest[0]
-    assert [one["dictlearn"]["targets"] for one in listed] == [likeliest, ["Mary - John"]]
+    assert [one["dictlearn"]["targets"] for one in listed] == [likeliest, ["␣Mary - ␣John"]]
     assert listed[1]["dictlearn"]["completeness"] == found["completeness"]
     assert len(list(tmp_path.glob("*.html"))) == 2
 
@@ -137,12 +145,12 @@ def test_what_is_wrong_with_a_prompt_is_known_without_weights(lm: LM) -> None:
     def found(prompt: str, targets: Any = None) -> list[str]:
         return PromptGraph(prompt, "x", targets).problems(model, "embedded", lambda: lm.tokenizer, own)
 
-    assert found(PROMPT) == found(PROMPT, ["Mary", ["Mary", "John"]]) == []
+    assert found(PROMPT) == found(PROMPT, [" Mary", [" Mary", " John"]]) == []
     assert found(" ".join(["Mary"] * 400)) == [
         f"The prompt has 400 tokens, and embedded takes {lm.n_positions} at most."
     ]
-    (problem,) = found(PROMPT, ["Mary John"])
-    assert problem.startswith("A target is one token, 'Mary John' is 2: ")
+    (problem,) = found(PROMPT, [" Mary John"])
+    assert problem.startswith("A target is one token, ' Mary John' is 2: ")
 
 
 def test_slugs() -> None:
@@ -228,12 +236,12 @@ def test_through_the_doors(tmp_path: Path) -> None:
         run_evaluate("evaluation=graph", "graph=Mary", f"load={run}", f"out={tmp_path / 'none'}")
     with pytest.raises(ConfigError, match=r"graph: The prompt has 4\d\d tokens, and embedded takes \d+ at most"):
         run_evaluate("evaluation=graph", f"graph={'Mary ' * 400}", load, f"out={tmp_path / 'none'}")
-    targets = "evaluation.blocks.graph.targets=[['Mary','Jo hn']]"
-    with pytest.raises(ConfigError, match=r"graph: A target is one token, 'Jo hn' is 2"):
+    targets = "evaluation.blocks.graph.targets=[[' Mary',' Jo hn']]"
+    with pytest.raises(ConfigError, match=r"graph: A target is one token, ' Jo hn' is 2"):
         run_evaluate("evaluation=graph", "graph=Mary", targets, load, f"out={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
     chosen = run_evaluate("evaluation=graph", "graph=Mary", targets.replace("o h", "oh"), load, f"out={out}")
-    assert chosen.reports["mlp_out.2"]["graph"]["targets"] == ["Mary - John"]
+    assert chosen.reports["mlp_out.2"]["graph"]["targets"] == ["␣Mary - ␣John"]
     results = run_evaluate(f"load={run}", f"out={out}", "n_tokens=500", "~evaluation.blocks.behaviour")
     assert not results.errors
     assert all("graph" not in report for report in results.reports.values())
@@ -274,3 +282,17 @@ def test_what_a_reader_should_know(lm: LM, tmp_path: Path) -> None:
     assert "at positions 1:" in unknown
     (few,) = warnings("When Mary went", max_latents=5)
     assert few.startswith("5 of 24 active latents are nodes")
+
+
+def test_a_target_that_lacks_its_space(lm: LM, tmp_path: Path) -> None:
+    """At the end of the prompt ' Mary' is likely, and 'Mary' another token, which is not."""
+    own, ids = some_transcoders(), torch.randint(3, 600, (2, 16))
+    context = EvaluationContext(lm, own, ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def warnings(*targets: Any) -> list[str]:
+        return PromptGraph(PROMPT, str(tmp_path), targets).run(context)["t1"]["warnings"]
+
+    assert warnings(" Mary", [" Mary", " John"]) == []
+    found = warnings("Mary", ["Mary", " John"], [" John", "Mary"])
+    assert len(found) == 1
+    assert re.fullmatch(r"target 'Mary' has probability \S+e-06, ' Mary' 0\.98\d: did you mean it\?", found[0])

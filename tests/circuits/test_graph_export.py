@@ -196,7 +196,10 @@ def test_a_difference_of_logits_has_a_place_in_the_layout(tmp_path: Path) -> Non
     assert probability is not None
     assert [node["token_prob"] for node in logits] == pytest.approx([probability, 1 / 3, 1 / 3])
     assert logits[1]["clerp"] == 'Output "w5 - w6" (p=0.333)'  # the viewer reads what follows "(p="
-    assert model["metadata"]["dictlearn"]["targets"] == ["w5", "w5 - w6", "w7 - w5"]
+    own = model["metadata"]["dictlearn"]
+    assert own["targets"] == ["w5", "w5 - w6", "w7 - w5"]
+    assert own["target_probabilities"] == [logit.probabilities for logit in graph.logits]
+    assert [len(probabilities) for probabilities in own["target_probabilities"]] == [1, 2, 2]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

@@ -233,18 +233,24 @@ def test_pruned_edges_are_summed(opened: Callable[..., str]) -> None:
 
 @needs_browser
 def test_chosen_targets_and_numbers_within_a_layer(opened: Callable[..., str]) -> None:
-    """A difference has no probability; cross-layer latents are counted in their layer, and in all."""
+    """A difference has two probabilities; cross-layer latents are counted in their layer, and in all."""
     graph = nasty_graph()
     graph.info["n_per_layer"]["mlp.1"] = 3  # type: ignore[index]
-    graph.logits[0] = Logit("a - b", 50, 51)
+    graph.logits[0] = Logit("␣a - ␣b", 50, 51, 0.5, 0.25)
     document = opened("#clicked=1_1_6", graph=graph)
     selected = plain(re.sub("<[^>]*>", " ", section(document, "selected")))
     assert "mlp.1 layer 1 / 1 at" in selected
     assert "number in mlp.1 4" in selected
-    assert "a - b</text>" in document
+    assert "␣a - ␣b</text>" in document
     assert "NaN" not in document
     sums = plain(section(opened("#clicked=3_50_6", graph=graph), "sums"))
     assert "sum: difference of logits +2.01" in sums
+    selected = plain(re.sub("<[^>]*>", " ", section(opened("#clicked=3_50_6", graph=graph), "selected")))
+    assert "probabilities 50 %, 25 %" in selected
+    graph.logits[0] = Logit(" a", 50, None, 0.5)
+    document = opened("#clicked=3_50_6", graph=graph)
+    assert "␣a 50 %</text>" in document
+    assert "probability 50 %" in plain(re.sub("<[^>]*>", " ", section(document, "selected")))
     script = """
         const numbers = ["mlp.1/4", "1/1", "mlp.1 layer 1 / 1", "1", "4"].map((text) => matches(text).length);
         document.title = JSON.stringify(numbers);"""

@@ -137,6 +137,7 @@ def _warnings(graph: Graph) -> list[str]:
             f"{len(unknown)} tokens of the prompt are words that {graph.info['lm']} does not know, at positions "
             f"{', '.join(map(str, unknown))}: the graph is of unknown tokens there"
         )
+    found += [f"target {doubt}" for doubt in graph.info["doubtful_targets"]]
     if (error := graph.info["row_error"]) > MOST_ROW_ERROR:
         found.append(f"edges add up to their targets within {error:.1%} alone, because of rounding")
     if graph.info["n_active"] > graph.n_latents:

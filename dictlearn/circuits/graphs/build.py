@@ -19,6 +19,7 @@ from dictlearn.circuits.graphs.influence import CHUNK, influence
 from dictlearn.circuits.graphs.inputs import (
     Choice,
     chosen,
+    doubtful,
     likeliest,
     n_logits_of,
     prompt_ids,
@@ -86,12 +87,12 @@ def attribution_graph(
         totals=rows.totals.cpu(),
         logits=logits,
         weights=weights.cpu(),
-        info=_info(lm, local, rows),
+        info=_info(lm, local, rows, own),
         local=(local, latents),
     )
 
 
-def _info(lm: LM, local: LocalModel, rows: _Rows) -> dict[str, Any]:
+def _info(lm: LM, local: LocalModel, rows: _Rows, own: Sequence[Logit] | None) -> dict[str, Any]:
     probability, token = local.logits.float().softmax(-1).max(-1)
     off = (rows.edges.sum(-1, dtype=torch.float64) - rows.totals).abs().max() / rows.totals.abs().max()
     several = {cut.name: cut.dictionary.n_latents // len(cut.reads) for cut in local.cuts if len(cut.reads) > 1}
@@ -105,6 +106,7 @@ def _info(lm: LM, local: LocalModel, rows: _Rows) -> dict[str, Any]:
         "next_token": _texts(lm, token[None])[0],
         "probability": float(probability),
         "unknown": [position for position in _unknown(lm, local.ids) if position >= local.n_special],
+        "doubtful_targets": doubtful(lm.tokenizer, own or [], local.logits),
         "row_error": float(off),
     }
 

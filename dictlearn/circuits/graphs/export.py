@@ -69,6 +69,7 @@ def summary(graph: Graph, kept: Kept) -> dict[str, Any]:
     scores, errors = graph_scores(graph), graph.places("error")
     return {
         "targets": [own.text for own in graph.logits],
+        "target_probabilities": [own.probabilities for own in graph.logits],  # of a difference both
         "next_token": graph.info["next_token"],
         "probability": graph.info["probability"],
         "replacement": scores.replacement,
@@ -173,7 +174,8 @@ def _node(
     if kind == "logit":
         number = node - graph.places("logit").start
         own, weight = graph.logits[number], float(graph.weights[number])
-        p = weight if own.probability is None else own.probability  # the viewer reads one of every logit
+        is_token = own.minus is None and own.probability is not None
+        p = own.probability if is_token else weight  # the viewer reads one of every logit
         found |= {"token_prob": p, "is_target_logit": number == 0}
         found["clerp"] = f'Output "{own.text.translate(MARKS)}" (p={p:.3f})'
     return found

@@ -23,13 +23,20 @@ class Logit(NamedTuple):
     """A logit of the next token, before a softcap: of `token` above the mean over the vocabulary, or, with `minus`,
     above that of another token.
 
-    `text` is for readers; `probability` is the token's (None: of a difference, and until the model has run).
+    `text` is the token's, of a difference both for readers, with spaces as ␣; `probability` and `minus_probability`
+    are those of `token` and `minus` (None: until the model has run, and where there is no `minus`).
     """
 
     text: str
     token: int
     minus: int | None = None
     probability: float | None = None
+    minus_probability: float | None = None
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Of its token or tokens, as far as they are known."""
+        return [p for p in (self.probability, self.minus_probability) if p is not None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from dictlearn.circuits.graphs.graph import Logit
 from dictlearn.dictionaries import Dictionary
 from dictlearn.types import DictlearnError, TokenIds
 
+LIKELIER = 10  # times, for a word with another spacing to be what was probably meant
 Choice: TypeAlias = int | str | Sequence[int | str]  # a token, or two: the logit of the first above the second's
 
 
@@ -106,7 +107,8 @@ def chosen(tokenizer: PreTrainedTokenizerBase, vocab: int, choices: Sequence[Cho
         texts = [str(tokenizer.decode([one])) for one in (token, *others)]
         if token in others:
             raise DictlearnError(f"The difference of {texts[0]!r} with itself is zero.")
-        logit = Logit(" - ".join([texts[0], *(own.strip() or own for own in texts[1:])]), token, *others)
+        text = " - ".join(own.replace(" ", "␣") for own in texts) if others else texts[0]
+        logit = Logit(text, token, *others)
         if logit in found:
             raise DictlearnError(f"Each target is named once, {logit.text!r} is there twice.")
         found.append(logit)
@@ -114,11 +116,32 @@ def chosen(tokenizer: PreTrainedTokenizerBase, vocab: int, choices: Sequence[Cho
 
 
 def with_probabilities(chosen: Sequence[Logit], logits: Float[Tensor, " vocab"]) -> list[Logit]:
-    """Those of tokens; a difference has none."""
-    probabilities = logits.float().softmax(-1)
+    """The same with the probabilities of their tokens."""
+    found = logits.float().softmax(-1)
     return [
-        one._replace(probability=float(probabilities[one.token])) if one.minus is None else one for one in chosen
+        one._replace(
+            probability=float(found[one.token]),
+            minus_probability=None if one.minus is None else float(found[one.minus]),
+        )
+        for one in chosen
     ]
+
+
+def doubtful(
+    tokenizer: PreTrainedTokenizerBase, chosen: Sequence[Logit], logits: Float[Tensor, " vocab"]
+) -> list[str]:
+    """Of chosen tokens that are far likelier with a space before them, or without it: which is meant?"""
+    probabilities, found = logits.float().softmax(-1), {}
+    for token in (token for one in chosen for token in (one.token, one.minus) if token is not None):
+        text = str(tokenizer.decode([token]))
+        other = text[1:] if text.startswith(" ") else f" {text}"
+        ids = torch.tensor(tokenizer(other, add_special_tokens=False)["input_ids"]).tolist()
+        if len(ids) != 1 or ids[0] in (token, tokenizer.unk_token_id):
+            continue
+        p, p_other = float(probabilities[token]), float(probabilities[ids[0]])
+        if p_other > LIKELIER * p:
+            found[token] = f"{text!r} has probability {p:.2g}, {other!r} {p_other:.3g}: did you mean it?"
+    return [*found.values()]
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, vocab: int, given: int | str) -> int:

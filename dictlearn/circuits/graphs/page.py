@@ -68,8 +68,10 @@ def _nodes(
         if own["kind"] == "logit":
             number = node - logits.start
             logit, weight = graph.logits[number], _short(float(graph.weights[number]))
-            probability = None if logit.probability is None else _short(logit.probability)
-            own |= {"text": logit.text, "probability": probability, "weight": weight}
+            probabilities = [_short(p) for p in logit.probabilities]
+            is_difference = logit.minus is not None
+            own |= {"text": logit.text, "is_difference": is_difference, "probabilities": probabilities}
+            own["weight"] = weight
             own["row"] = rows[graph.n_latents + number]
         else:
             own["influence"] = _short(share[node])

@@ -29,7 +29,10 @@ function facts(node) {
   const add = (name, value, show) => { if (value !== undefined) found.push([name, [show(value)].flat()]); };
   if (node.dictionary in data.n_per_layer) add(`number in ${node.dictionary}`, node.index, String);
   add("activation", node.activation, number);
-  add("probability", node.probability ?? undefined, percent);
+  if (node.probabilities?.length) {
+    const [name, joint] = isDifference(node) ? ["probabilities", ", "] : ["probability", ""];
+    add(name, node.probabilities.map(percent).join(joint), String);
+  }
   add(valueName(node), node.row?.total, number);
   add("influence", node.influence, percent);
   if (node.promoted?.length) {

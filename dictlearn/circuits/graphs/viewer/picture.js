@@ -46,6 +46,8 @@ const get = (id) => document.getElementById(id);
 const MARKS = { "\n": "⏎", "\t": "⇥", "\r": "↵" };
 const visible = (text) => text.replace(/[\n\t\r]/g, (sign) => MARKS[sign]).replace(/^ +$/, "␣");
 const bare = (text) => visible(text).trim();
+const spaced = (text) => visible(text.replaceAll(" ", "␣"));
+const logitText = (node) => (isDifference(node) ? visible(node.text) : spaced(node.text));
 const tokenAt = (node) => bare(tokens[node.position]);
 function cut(text, length) {
   const letters = [...text];
@@ -68,11 +70,11 @@ function title(node) {
     return `${node.dictionary}${layer} / ${node.in_layer}`;
   }
   if (node.kind === "error") return `error of layer ${node.layer}`;
-  return `${node.kind} “${node.kind === "logit" ? bare(node.text) : tokenAt(node)}”`;
+  return `${node.kind} “${node.kind === "logit" ? logitText(node) : tokenAt(node)}”`;
 }
-const isDifference = (node) => node.kind === "logit" && node.probability === null;
-const withShare = (text, node) => (isDifference(node) ? text : `${text} ${percent(node.probability)}`);
-const logitLabel = (node) => withShare(cut(bare(node.text), isDifference(node) ? 25 : 12), node);
+const isDifference = (node) => node.kind === "logit" && node.is_difference;
+const withShare = (text, node) => (isDifference(node) ? text : `${text} ${percent(node.probabilities[0])}`);
+const logitLabel = (node) => withShare(cut(logitText(node), isDifference(node) ? 25 : 12), node);
 const valueName = (node) => (
   isDifference(node) ? "difference of logits" : node.kind === "logit" ? "logit above the mean" : "pre-activation");
 function inList(node) {
