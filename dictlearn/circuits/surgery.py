@@ -49,10 +49,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     graphs of gradients that were made in it.
     """
     copies: dict[int, Tensor] = {}  # by identity: tied weights stay tied
-    before: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            before += [(own, name, t) for name, t in own.items() if t is not None and t.dtype in NARROW]
+    before = _narrow(model)
     try:
         for own, name, tensor in before:
             if id(tensor) not in copies:
@@ -64,6 +61,22 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for own, name, tensor in before:
             own[name] = tensor
+
+
+def bytes_in_float32(model: nn.Module) -> int:
+    """What the copies of `in_float32` take."""
+    return 4 * sum({id(tensor): tensor.numel() for _, _, tensor in _narrow(model)}.values())
+
+
+def _narrow(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Weights and buffers in narrower types than float32: where they are, their name there, and they."""
+    return [
+        (own, name, tensor)
+        for module in model.modules()
+        for own in (module._parameters, module._buffers)
+        for name, tensor in own.items()
+        if tensor is not None and tensor.dtype in NARROW
+    ]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dictlearn import Scale, intervene
 from dictlearn.circuits.graphs import build, local
@@ -16,7 +16,7 @@ from dictlearn.circuits.graphs.build import attribution_graph
 from dictlearn.circuits.graphs.influence import graph_scores
 from dictlearn.circuits.graphs.inputs import check_choices
 from dictlearn.circuits.graphs.local import LocalModel
-from dictlearn.circuits.surgery import in_float32
+from dictlearn.circuits.surgery import NARROW, bytes_in_float32, in_float32
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import LM, load_lm
 from dictlearn.types import DictlearnError
@@ -82,6 +82,42 @@ def test_weights_are_back_after_an_error_and_tied_ones_stay_tied(tmp_path: Path)
         raise KeyError
     assert head.weight.dtype == torch.bfloat16
     assert head.weight is embedding.weight
+
+
+def saved_weights(of: Tensor, widths: set[int]) -> list[Tensor]:
+    """Matrices of these sizes that a graph of gradients holds."""
+    found, seen, left = [], set(), [of.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+        own = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        found += [one for one in own if isinstance(one, Tensor) and one.numel() in widths and one.ndim == 2]
+    return found
+
+
+def test_prefixes_of_the_prompt_share_one_copy_of_the_weights(tmp_path: Path) -> None:
+    lm, dictionaries = narrow(tmp_path, "gpt2")
+    local_model = LocalModel(lm.model, dictionaries, some_ids(8))
+    sizes = {w.numel() for name, w in lm.model.named_parameters() if "attn" in name and w.ndim == 2}
+    by_prefix = [
+        {weight.untyped_storage().data_ptr() for weight in saved_weights(graph.reads[-1], sizes)}
+        for graph in local_model._graphs
+    ]
+    assert len(by_prefix) == 4
+    assert len(by_prefix[0]) >= 2 * N_LAYERS  # of values and outputs
+    assert all(own == by_prefix[0] for own in by_prefix)
+    assert not any(weight.dtype in NARROW for weight in saved_weights(local_model._graphs[0].reads[-1], sizes))
+
+
+def test_what_a_copy_in_float32_takes(tmp_path: Path) -> None:
+    model = narrow(tmp_path, "gpt2")[0].model  # with tied embeddings
+    expected = 4 * sum(own.numel() for own in model.parameters())
+    assert bytes_in_float32(model) == expected
+    with in_float32(model):
+        assert bytes_in_float32(model) == 0
 
 
 def test_narrow_dictionaries_are_refused(tmp_path: Path) -> None:
@@ -227,6 +263,21 @@ def test_a_graph_that_is_too_large_is_refused_before_edges(gpt2: LM, monkeypatch
     message = rf"with 11 of {n_active} active latents .* with batch_size=4, max_latents=10 would fit"
     with pytest.raises(DictlearnError, match=message):
         attribution_graph(gpt2, dictionaries, some_ids(), max_latents=11, batch_size=4)
+
+
+def test_the_float32_copy_of_a_narrow_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, dictionaries = narrow(tmp_path, "gpt2")
+    copied = 4 * sum(own.numel() for own in lm.model.parameters())
+    graph = attribution_graph(lm, dictionaries, some_ids(), max_latents=10, batch_size=4)
+    n_sources = graph.info["n_active"] + (N_LAYERS + 1) * 7
+    needed = 4 * ((graph.n_logits + 10 + 2 * 4) * n_sources + graph.edges.numel()) + copied
+    monkeypatch.setattr(build, "memory_of", lambda _: needed)
+    attribution_graph(lm, dictionaries, some_ids(), max_latents=10, batch_size=4)
+    with pytest.raises(DictlearnError, match="max_latents=10 would fit"):
+        attribution_graph(lm, dictionaries, some_ids(), max_latents=11, batch_size=4)
+    monkeypatch.setattr(build, "memory_of", lambda _: copied)
+    with pytest.raises(DictlearnError, match=r"GB on cpu: none would fit\."):
+        attribution_graph(lm, dictionaries, some_ids(), max_latents=10, batch_size=4)
 
 
 def test_the_memory_of_this_machine_is_known() -> None:

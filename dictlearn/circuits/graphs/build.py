@@ -26,6 +26,7 @@ from dictlearn.circuits.graphs.inputs import (
     with_probabilities,
 )
 from dictlearn.circuits.graphs.local import LocalModel, Targets
+from dictlearn.circuits.surgery import bytes_in_float32
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import LM
 from dictlearn.splice import by_name
@@ -123,23 +124,25 @@ def _logits(
 
 
 def _check_memory(local: LocalModel, n_logits: int, max_latents: int, batch_size: int) -> None:
-    """Raises DictlearnError where the rows, over all sources and sorted over the nodes alone, and a batch in work
-    are more than there is.
+    """Raises DictlearnError where the rows, over all sources and sorted over the nodes alone, a batch in work and
+    the float32 copy of a narrower model are more than there is.
     """
+    copied = bytes_in_float32(local.model)
     device, size = local.ids.device, local.errors.element_size()
     n_latents, others = min(max_latents, local.n_latents), local.n_sources - local.n_latents + 2
 
     def needed(n: int) -> int:
         """Bytes with so many latents as nodes."""
-        return size * ((n_logits + n) * (local.n_sources + n + others) + 2 * batch_size * local.n_sources)
+        rows = (n_logits + n) * (local.n_sources + n + others) + 2 * batch_size * local.n_sources
+        return size * rows + copied
 
     if needed(n_latents) > (there := memory_of(device)):
-        fits = max(0, bisect_right(range(n_latents), there, key=needed) - 1)
+        fits = bisect_right(range(n_latents), there, key=needed) - 1
+        advice = f"with batch_size={batch_size}, max_latents={fits} would fit" if fits > 0 else "none would fit"
         raise DictlearnError(
             f"A graph with {n_latents} of {local.n_latents} active latents as nodes takes "
-            f"{needed(n_latents) / 1e9:.1f} GB, and there are {there / 1e9:.1f} GB on {device}: with "
-            f"batch_size={batch_size}, max_latents={fits} would fit. Fewer are active in a sparser dictionary or "
-            "a shorter prompt."
+            f"{needed(n_latents) / 1e9:.1f} GB, and there are {there / 1e9:.1f} GB on {device}: {advice}. "
+            "Fewer are active in a sparser dictionary or a shorter prompt."
         )
 
 

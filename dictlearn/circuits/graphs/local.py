@@ -348,12 +348,12 @@ class LocalModel:
 
     @cached_property
     def _graphs(self) -> list[_Graph]:
-        """The local model with its graph, on prefixes of the prompt."""
+        """The local model with its graph, on prefixes of the prompt, which have the same weights."""
         found = []
-        for ctx in sorted({-(-self.ctx * part // N_PREFIXES) for part in range(1, N_PREFIXES + 1)}):
-            parts = (self.embedding.unsqueeze(0), *self._wholes)
-            embedding, *written = (part[:, :ctx].detach().requires_grad_() for part in parts)
-            with torch.enable_grad(), in_float32(self.model):
+        with torch.enable_grad(), in_float32(self.model):
+            for ctx in sorted({-(-self.ctx * part // N_PREFIXES) for part in range(1, N_PREFIXES + 1)}):
+                parts = (self.embedding.unsqueeze(0), *self._wholes)
+                embedding, *written = (part[:, :ctx].detach().requires_grad_() for part in parts)
                 found.append(_Graph(embedding, written, self._forward(embedding, written)))
         return found
 
