@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ from dictlearn.circuits.baselines import EXACT, neurons, pca, random
 from dictlearn.circuits.block import numbers
 from dictlearn.circuits.cuts import Cut, cuts_of, record
 from dictlearn.circuits.discrete import DiscreteCodes, discrete_scores, null_scores
-from dictlearn.circuits.faithfulness import ERRORS, curve, curves, error_share
+from dictlearn.circuits.faithfulness import ERRORS, curve, error_share
 from dictlearn.circuits.heads import (
     exact_head_effects,
     head_outputs,
@@ -150,7 +151,8 @@ def faithfulness(lm: LM, by_kind: Mapping[str, Mapping[str, Dictionary]], task: 
         start = time.perf_counter()
         ablation = Ablation(lm.model, cuts, test)
         exact = kind in EXACT
-        of_modes = curves(lm.model, cuts, ablation, scores, exact=exact)
+        modes = {"scored": "kept"} if exact else {mode: mode for mode in ERRORS}
+        of_modes = {mode: curve(lm.model, cuts, ablation, scores, errors) for mode, errors in modes.items()}
         seconds["seconds_curves"] = time.perf_counter() - start
         share = {"error_share": 0.0 if exact else error_share(scores)}
         found[kind] = {**share, **seconds, **{mode: numbers(one) for mode, one in of_modes.items()}}
@@ -217,6 +219,11 @@ def cost(lm: LM, dictionaries: Mapping[str, Dictionary], n: int, rounds: int) ->
 
     runs: dict[str, Callable[[], Any]] = {"floor": floor}
     runs |= {name: (lambda m=m: m.scores(lm.model, cuts, pairs, "each")) for name, m in METHODS.items()}
+    early = pairs.patch.clone()  # differs from the first word on, so that no position is left out
+    early[:, pairs.n_special] = pairs.clean[:, pairs.n_special].roll(1) + 1
+    whole = replace(pairs, patch=early)
+    for name in ("gradient", "relp"):
+        runs[f"{name}, all positions"] = lambda m=METHODS[name]: m.scores(lm.model, cuts, whole, "each")
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -224,7 +231,7 @@ def cost(lm: LM, dictionaries: Mapping[str, Dictionary], n: int, rounds: int) ->
             run()
             times[name].append(time.perf_counter() - start)
     seconds = {name: median(own[1:]) for name, own in times.items()}
-    return {**seconds, **{f"{name} / floor": seconds[name] / seconds["floor"] for name in METHODS}}
+    return {**seconds, **{f"{name} / floor": value / seconds["floor"] for name, value in seconds.items()}}
 
 
 def rounded(value: Any) -> Any:

@@ -23,11 +23,13 @@ ABLATIONS = (*PER_PAIR, *MEANS, "zero")
 class Ablated(NamedTuple):
     """Values of a dictionary's nodes, to be broadcast over pairs and positions.
 
-    `values` [n or 1, ctx or 1, n_latents], `rest` [n or 1, ctx or 1, n_writes, d_out]; no rest: the bias alone.
+    `values` [n or 1, ctx or 1, n_latents], `rest` and `skipped` [n or 1, ctx or 1, n_writes, d_out]; no rest: the
+    bias alone. `skipped` is what the skip path writes: only the model without any node has it ablated.
     """
 
     values: Float[Tensor, "_ _ n_latents"]
     rest: Float[Tensor, "_ _ n_writes d_out"] | None
+    skipped: Float[Tensor, "_ _ n_writes d_out"] | None
 
 
 class Ablation:
@@ -76,20 +78,20 @@ class Ablation:
             return self._means
         if self._kind == "zero":
             zeros = {c.name: torch.zeros(1, 1, c.dictionary.n_latents).to(c.dictionary.b_dec) for c in self._cuts}
-            return {name: Ablated(values, None) for name, values in zeros.items()}
+            return {name: Ablated(values, None, None) for name, values in zeros.items()}
         ids = chunk.patch if self._kind == "patch" else self._batch.patch[others.to(chunk.patch.device)]
         _, acts = record(self._model, self._cuts, ids)
         return {cut.name: Ablated(*_nodes(cut, acts)) for cut in self._cuts}
 
     @torch.no_grad()
     def _over_pairs(self) -> dict[str, Ablated]:
-        totals: dict[str, tuple[Tensor, Tensor]] = {}
+        totals: dict[str, list[Tensor]] = {}
         for chunk in self._batch.split(self._n_rows):
             _, acts = record(self._model, self._cuts, chunk.patch)
             for cut in self._cuts:
-                values, rest = (part.sum(0, keepdim=True, dtype=torch.float64) for part in _nodes(cut, acts))
-                before = totals.get(cut.name, (0, 0))
-                totals[cut.name] = values + before[0], rest + before[1]
+                parts = [part.sum(0, keepdim=True, dtype=torch.float64) for part in _nodes(cut, acts)]
+                before = totals.get(cut.name, [0] * len(parts))
+                totals[cut.name] = [part + earlier for part, earlier in zip(parts, before, strict=True)]
         return {cut.name: Ablated(*(self._mean(cut, part) for part in totals[cut.name])) for cut in self._cuts}
 
     def _mean(self, cut: Cut, total: Float[Tensor, "1 ctx *node"]) -> Float[Tensor, "1 _ *node"]:
@@ -98,6 +100,7 @@ class Ablation:
         return (total / len(self._batch)).to(cut.dictionary.b_dec)
 
 
-def _nodes(cut: Cut, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    values = cut.dense_values(cut.dictionary.select_reads(acts))
-    return values, cut.rests(acts, cut.written(values))
+def _nodes(cut: Cut, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    x = cut.dictionary.select_reads(acts)
+    values = cut.dense_values(x)
+    return values, cut.rests(acts, cut.written(values)), cut.skipped(x)

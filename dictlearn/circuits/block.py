@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from tqdm import tqdm
 from dictlearn.checks import check_choice, check_count, check_flag
 from dictlearn.circuits.ablation import ABLATIONS, Ablation
 from dictlearn.circuits.baselines import EXACT, neurons, pca, random
-from dictlearn.circuits.cuts import POSITIONS, cuts_of, record
-from dictlearn.circuits.faithfulness import Curve, curves, error_share
+from dictlearn.circuits.cuts import POSITIONS, cuts_of, record, sets_of
+from dictlearn.circuits.faithfulness import ERRORS, Curve, curve, error_share
 from dictlearn.circuits.methods.base import Method
 from dictlearn.circuits.nodes import ORDERS
 from dictlearn.circuits.pairs import PairBatch
@@ -28,6 +29,7 @@ from dictlearn.types import DictlearnError
 TASKS = "dictlearn.circuits.tasks"
 SAMPLE_TOKENS = 4096  # held-out activations that PCA and the means of random dictionaries are estimated on
 SEED = 0  # of the pairs
+COVERED = 0.9  # f of all candidates, below which the pairs to find circuits on are too few
 KINDS = ("neurons", "pca", "random")  # of baselines
 
 
@@ -72,6 +74,11 @@ class Circuits:
         check_choice("ablation", ablation, ABLATIONS)
         check_choice("order", order, ORDERS)
         check_flag("baselines", baselines)
+        if order == "signed" and not self.method.signed:
+            raise DictlearnError(
+                "order=signed takes nodes that lower the metric most first, but scores of "
+                f"{self.method_name} are never negative: order=absolute."
+            )
         self.n_pairs, self.n_rows, self.baselines = n_pairs, n_rows, baselines
         self.positions, self.ablation, self.order = positions, ablation, order
         self._drawn: dict[Any, tuple[PairBatch, PairBatch]] = {}
@@ -83,7 +90,7 @@ class Circuits:
             why = "circuits are left out: planted activations come without a language model"
             return {name: {"warnings": [why]} for name in context.dictionaries}
         sections: dict[str, Sections] = {}
-        baselines, known, sets = _Baselines(context), {}, sets_of(context.dictionaries)
+        baselines, known, sets = _Baselines(context), {}, sets_of(context.lm.model, context.dictionaries)
         n_cuts = len(sets) * len(self.tasks) * (1 + self.baselines * len(KINDS))
         with progress("circuits", n_cuts, "cut") as bar:
             for together in sets:
@@ -107,15 +114,21 @@ class Circuits:
             bar.set_postfix_str(f"{name}, dictionaries")
             try:
                 find, test = self.pairs(task, lm, dictionaries)
-                of_task = self._of_model(lm, find, test) | {
-                    "dictionaries": self._of_cut(lm, dictionaries, find, test)
-                }
+                own, missing = self._of_cut(lm, dictionaries, find, test)
+                of_task = self._of_model(lm, find, test) | {"dictionaries": own}
+                warnings += [f"circuits.{name}, {why}" for why in missing]
+                if self.ablation == "patch" and (share := _of_candidates(own)) < COVERED:
+                    warnings.append(
+                        f"circuits.{name}: all nodes that have a score carry {share:.2f} of the behaviour. Latents "
+                        f"of words that none of the {len(find)} pairs to find circuits on has are no candidates: "
+                        "take more pairs"
+                    )
                 bar.update()
-                for kind, own in others.items():
+                for kind, other in others.items():
                     bar.set_postfix_str(f"{name}, {kind}")
-                    key = id(find), *map(id, own.values())
+                    key = id(find), *map(id, other.values())
                     if key not in known:
-                        known[key] = self._of_cut(lm, own, find, test, exact=kind in EXACT)
+                        known[key], _ = self._of_cut(lm, other, find, test, exact=kind in EXACT)
                     of_task[kind] = known[key]
                     bar.update()
                 found[name] = of_task
@@ -165,14 +178,30 @@ class Circuits:
 
     def _of_cut(
         self, lm: LM, own: Mapping[str, Dictionary], find: PairBatch, test: PairBatch, exact: bool = False
-    ) -> dict[str, Any]:
-        """The numbers of dictionaries, by treatment of errors; `exact`: they have none, as neurons and PCA."""
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The numbers of dictionaries, by treatment of errors, and what is missing; `exact`: they have no errors,
+        as neurons and PCA, and one curve, which is called "scored" like that of the dictionaries beside them.
+
+        Raises DictlearnError where there is none at all.
+        """
         cuts = cuts_of(lm.model, own)
         scores = self.method.scores(lm.model, cuts, find, self.positions, self.n_rows)
         ablation = Ablation(lm.model, cuts, test, self.ablation, self.n_rows)
-        share = {} if exact else {"error_share": error_share(scores)}
-        of_modes = curves(lm.model, cuts, ablation, scores, self.order, exact)
-        return share | {mode: numbers(one) for mode, one in of_modes.items()}
+        found: dict[str, Any] = {} if exact else {"error_share": error_share(scores)}
+        failed: dict[str, list[str]] = {}
+        modes = {"scored": "kept"} if exact else {mode: mode for mode in ERRORS}
+        for mode, errors in modes.items():
+            try:
+                found[mode] = numbers(curve(lm.model, cuts, ablation, scores, errors, self.order))
+            except DictlearnError as error:
+                failed.setdefault(str(error), []).append(mode)
+        if sum(map(len, failed.values())) == len(modes):
+            raise DictlearnError(" ".join(failed))
+        return found, [f"errors {' and '.join(own)}, is left out: {why}" for why, own in failed.items()]
+
+
+def _of_candidates(own: Mapping[str, Any]) -> float:
+    return own["scored"]["faithfulness_of_candidates"] if "scored" in own else math.inf
 
 
 def numbers(found: Curve) -> dict[str, Any]:
@@ -188,14 +217,6 @@ def _named(package: str, entry: Any) -> tuple[str, Any]:
     name, settings = (entry, None) if isinstance(entry, str) else next(iter(entry.items()))
     made = with_settings(package, name, settings)
     return "_".join([name, *map(str, (settings or {}).values())]), made
-
-
-def sets_of(dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
-    """All dictionaries together, or each alone where two write the same site."""
-    written = [site for d in dictionaries.values() for site in d.writes]
-    if len(set(written)) == len(written):
-        return [dict(dictionaries)]
-    return [{name: d} for name, d in dictionaries.items()]
 
 
 class _Seen(NamedTuple):
@@ -215,8 +236,9 @@ class _Baselines:
     def of(self, dictionaries: Mapping[str, Dictionary]) -> dict[str, dict[str, Dictionary]]:
         """By kind and site."""
         found: dict[str, dict[str, Dictionary]] = {kind: {} for kind in KINDS}
+        seen_by = _seen(self._context, dictionaries)
         for name, d in dictionaries.items():
-            seen = _seen(self._context, name, d)
+            seen = seen_by[name]
             n_latents, k = d.n_latents // len(d.writes), max(1, round(seen.l0))
             for site, acts in seen.acts.items():
                 at = site, self._context.mask_key(name), acts.dtype
@@ -235,17 +257,26 @@ class _Baselines:
 
 
 @torch.no_grad()
-def _seen(context: EvaluationContext, name: str, d: Dictionary) -> _Seen:
-    parts: dict[str, list[Tensor]] = {site: [] for site in d.writes}
-    n_active = n_tokens = 0
+def _seen(context: EvaluationContext, dictionaries: Mapping[str, Dictionary]) -> dict[str, _Seen]:
+    """In one pass of the first rows, by dictionary."""
+    parts: dict[str, dict[str, list[Tensor]]] = {n: {s: [] for s in d.writes} for n, d in dictionaries.items()}
+    n_active, n_tokens = dict.fromkeys(dictionaries, 0), dict.fromkeys(dictionaries, 0)
+    sites = {site for d in dictionaries.values() for site in (*d.reads, *d.writes)}
     for batch in context.batches("circuits", context.rows_of(SAMPLE_TOKENS)):
-        mask = batch.masks[context.mask_key(name)]
-        acts = {site: act[mask] for site, act in context.activations(batch, {*d.reads, *d.writes}).items()}
-        for site, own in parts.items():
-            own.append(acts[site].to(d.b_dec.dtype))
-        latents = d.encode_sparse(d.select_reads(acts))
-        n_active += int((latents.values != 0).sum())
-        n_tokens += latents.n_tokens
-    if not n_tokens:
+        acts = context.activations(batch, sites)
+        for name, d in dictionaries.items():
+            own = {site: acts[site][batch.masks[context.mask_key(name)]] for site in (*d.reads, *d.writes)}
+            for site, kept in parts[name].items():
+                kept.append(own[site].to(d.b_dec.dtype))
+            latents = d.encode_sparse(d.select_reads(own))
+            n_active[name] += int((latents.values != 0).sum())
+            n_tokens[name] += latents.n_tokens
+    if not all(n_tokens.values()):
         raise DictlearnError("No held-out token of the first rows is counted: baselines have no activations.")
-    return _Seen({site: torch.cat(own) for site, own in parts.items()}, n_active / n_tokens / len(d.writes))
+    return {
+        name: _Seen(
+            {site: torch.cat(own) for site, own in parts[name].items()},
+            n_active[name] / n_tokens[name] / len(d.writes),
+        )
+        for name, d in dictionaries.items()
+    }

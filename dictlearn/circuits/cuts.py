@@ -120,7 +120,7 @@ def cuts_of(
     owners: dict[tuple[str, str], tuple[str, str]] = {}
     for cut in cuts:
         for site in cut.writes:
-            place = before.get((site.module, site.io), (site.module, site.io))
+            place = before.get(site[1:], site[1:])
             if place in owners:
                 other, name = owners[place]
                 also = f"{site.name}, the same activation as {name}" if site.name != name else name
@@ -132,6 +132,15 @@ def cuts_of(
                 "for dictionaries of one write site, and for cross-layer transcoders."
             )
     return cuts
+
+
+def sets_of(model: PreTrainedModel, dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
+    """All dictionaries together, or each alone where two write the same activation, by whatever names."""
+    before = _layers_before(model)
+    sites = [resolve(model, site) for d in dictionaries.values() for site in d.writes]
+    if len({before.get(site[1:], site[1:]) for site in sites}) == len(sites):
+        return [dict(dictionaries)]
+    return [{name: d} for name, d in dictionaries.items()]
 
 
 def check_cuts(cuts: Sequence[Any]) -> None:

@@ -2,10 +2,10 @@
 
     f(C) = (m(C) - m(0)) / (m(M) - m(0))
 
-of means over pairs, never clipped: M is the whole model, 0 the model with all nodes ablated, errors included. A
-circuit has candidates alone, which are the nodes with a score; the others stay ablated at every size. The
-complement's faithfulness f(M without C) is what Marks et al. 2024 call completeness: low where nothing outside the
-circuit carries the behaviour as well.
+of means over pairs, never clipped: M is the whole model, 0 the model with all nodes ablated, errors and skip paths
+included: write sites as the ablation has them, whatever cuts them. A circuit has candidates alone, which are nodes
+with a score; the others stay ablated at every size. The complement's faithfulness f(M without C) is what Marks et
+al. 2024 call completeness: low where nothing outside the circuit carries the behaviour as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from dictlearn.checks import check_choice
 from dictlearn.circuits.ablation import Ablation
 from dictlearn.circuits.cuts import Cut, check_cuts, record
-from dictlearn.circuits.nodes import Nodes, NodeValues, Ranking, complement, everything, with_errors
+from dictlearn.circuits.nodes import NO_SCORE, Nodes, NodeValues, Ranking, complement, everything, with_errors
 from dictlearn.circuits.run import run_circuit
 from dictlearn.lm import LM, model_of
 from dictlearn.types import DictlearnError
@@ -117,7 +117,10 @@ class Curve:
         return None
 
     def at(self, size: int) -> float | None:
-        """Faithfulness of the circuit of so many nodes; None where it was not measured."""
+        """Faithfulness of the circuit of so many nodes, or of all candidates where they are fewer; None where it
+        was not measured.
+        """
+        size = min(size, self.n_candidates)
         return float(self.faithfulness[self.sizes.index(size)]) if size in self.sizes else None
 
     def areas(self) -> tuple[float, float]:
@@ -133,6 +136,7 @@ class Curve:
         metric = {"metric_clean": float(self.whole.double().mean())}
         metric |= {"metric_ablated": float(self.none.double().mean())}
         full = {
+            "faithfulness_of_none": self.at(0),
             "faithfulness_of_candidates": self.at(self.n_candidates),
             "faithfulness_of_all": float(self._share(self.everything.unsqueeze(0))),
         }
@@ -177,33 +181,16 @@ def curve(
         raise DictlearnError(f"sizes must be ascending, got {list(chosen)}.")
     circuits = [_circuit(ranking.first(size), errors) for size in chosen]
     outside = [_circuit(complement(ranking.first(size)), errors) for size in chosen]
-    ends = everything(scores, latents=False, errors=False), _circuit(everything(scores), errors)
+    empty, full = everything(scores, latents=False, errors=False), _circuit(everything(scores), errors)
     parts: list[Tensor] = []
     for chunk, ablated in ablation.chunks():
         whole = chunk.value(record(own, (), chunk.clean)[0])
-        runs = [run_circuit(own, cuts, chunk, circuit, ablated) for circuit in (*ends, *circuits, *outside)]
-        parts.append(torch.stack([whole, *runs]))
+        none = run_circuit(own, cuts, chunk, empty, ablated, skips=False)
+        runs = [run_circuit(own, cuts, chunk, circuit, ablated) for circuit in (full, *circuits, *outside)]
+        parts.append(torch.stack([whole, none, *runs]))
     values = torch.cat(parts, dim=1)
     (whole, none, of_all), rest = values[:3], values[3:]
     return Curve(chosen, len(ranking), rest[: len(chosen)], rest[len(chosen) :], whole, none, of_all)
-
-
-def curves(
-    model: LM | PreTrainedModel,
-    cuts: Sequence[Cut],
-    ablation: Ablation,
-    scores: Nodes,
-    order: str = "absolute",
-    exact: bool = False,
-) -> dict[str, Curve]:
-    """Curves by treatment of errors; see `curve`.
-
-    Args:
-        exact: of dictionaries whose errors are nothing but rounding, such as neurons and PCA. Errors are no nodes
-            then, which leaves one curve; it is called "scored", like that of dictionaries it is compared with.
-    """
-    modes = {"scored": "kept"} if exact else {mode: mode for mode in ERRORS}
-    return {name: curve(model, cuts, ablation, scores, errors, order) for name, errors in modes.items()}
 
 
 def _circuit(nodes: dict[str, NodeValues], errors: str) -> dict[str, NodeValues]:
@@ -211,6 +198,9 @@ def _circuit(nodes: dict[str, NodeValues], errors: str) -> dict[str, NodeValues]
 
 
 def error_share(scores: Nodes) -> float:
-    """The share of error nodes in the sum of absolute scores."""
+    """The share of error nodes in the sum of absolute scores. Raises DictlearnError where no node has a score."""
     errors = sum(float(nodes.errors.abs().sum()) for nodes in scores.values())
-    return errors / (errors + sum(float(nodes.latents.abs().sum()) for nodes in scores.values()))
+    total = errors + sum(float(nodes.latents.abs().sum()) for nodes in scores.values())
+    if total == 0:
+        raise DictlearnError(NO_SCORE)
+    return errors / total

@@ -17,6 +17,7 @@ from dictlearn.checks import check_choice
 from dictlearn.types import DictlearnError
 
 ORDERS = ("absolute", "signed")
+NO_SCORE = "No node has a score: no latent is active, or none is another one on clean than on patch prompts."
 
 
 class NodeValues(NamedTuple):
@@ -59,9 +60,7 @@ class Ranking:
             )
         (self._candidates,) = flat.nonzero(as_tuple=True)
         if not len(self._candidates):
-            raise DictlearnError(
-                "No node has a score: no latent is active, or none is another one on clean than on patch prompts."
-            )
+            raise DictlearnError(NO_SCORE)
         key = -flat if order == "signed" else flat.abs()
         best = key[self._candidates].sort(descending=True, stable=True).indices
         self._order: Int[Tensor, " n_candidates"] = self._candidates[best]

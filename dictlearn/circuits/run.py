@@ -28,11 +28,12 @@ def run_circuit(
     batch: PairBatch,
     circuit: Nodes,
     ablated: Mapping[str, Ablated],
+    skips: bool = True,
 ) -> Float[Tensor, " n"]:
     """The metric of each clean prompt with the nodes outside `circuit` ablated (Marks et al. 2024).
 
     Latents and errors of the circuit, and skip paths, are computed on the stream as it runs, after ablation.
-    At special tokens nothing is ablated.
+    At special tokens nothing is ablated. Without `skips` what skip paths write is ablated as well.
 
     Raises DictlearnError where the model reaches a write site before a site that its dictionary reads.
     """
@@ -46,7 +47,7 @@ def run_circuit(
             if where in writers:
                 cut, place = writers[where]
                 label = labels(batch.ctx, _positions(circuit[cut.name]), batch.n_special, act.device)
-                read[where] = _ablate(cut, place, act, read, circuit[cut.name], ablated[cut.name], label)
+                read[where] = _ablate(cut, place, act, read, circuit[cut.name], ablated[cut.name], label, skips)
             return read[where]
 
         return edited
@@ -68,6 +69,7 @@ def _ablate(
     kept: NodeValues,
     ablated: Ablated,
     label: Int[Tensor, " ctx"],
+    skips: bool,
 ) -> Float[Tensor, "n ctx d"]:
     """The activation at the write site number `place`, with what is not `kept` exchanged."""
     d = cut.dictionary
@@ -86,6 +88,9 @@ def _ablate(
         rest = act - (cut.written(values) + cut.skipped(x))[..., place, :]
         to = cut.bias(x) if ablated.rest is None else ablated.rest
         added = added + torch.where(keep.unsqueeze(-1), 0.0, to[..., place, :] - rest)
+    if not skips and d.W_skip is not None:
+        moved = (0.0 if ablated.skipped is None else ablated.skipped) - cut.skipped(x)
+        added = added + torch.where((label < 0).unsqueeze(-1), 0.0, moved[..., place, :])
     return act + added.to(act.dtype)
 
 

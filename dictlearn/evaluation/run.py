@@ -69,6 +69,7 @@ def _run_block(
     try:
         return block.run(context), {}
     except Exception as error:
+        together = f"{type(error).__name__}: {error}"
         log.exception("evaluation block %s failed for %s", block_name, ", ".join(context.dictionaries))
         if len(context.dictionaries) == 1:
             return {}, {name: f"{block_name}: {type(error).__name__}: {error}" for name in context.dictionaries}
@@ -78,6 +79,9 @@ def _run_block(
         own_sections, own_errors = _run_block(block_name, block, replace(context, dictionaries={name: dictionary}))
         sections |= own_sections
         errors |= own_errors
+    for own in sections.values():
+        alone = f"{block_name} ran for each dictionary alone, because together it failed: {together}"
+        own["warnings"] = [*own.get("warnings", []), alone]
     return sections, errors
 
 

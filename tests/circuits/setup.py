@@ -82,6 +82,20 @@ def _scaled(dictionaries: dict[str, Dictionary]) -> dict[str, Dictionary]:
     return dictionaries
 
 
+def skipping(model: PreTrainedModel) -> dict[str, Dictionary]:
+    """With skip paths: a transcoder, an autoencoder whose norm is undone, a cross-layer transcoder; scaled."""
+    d = site_width(model, resolve(model, "mlp_out.0"))
+    assert d is not None
+    reads, writes = ([f"{kind}.{layer}" for layer in range(3)] for kind in ("mlp_in", "mlp_out"))
+    norm = Linear(
+        d, d, N_LATENTS, TopK(k=4), ["resid_post.1"], ["resid_post.1"], skip=True, input_norm="layer_norm"
+    )
+    clt = CrossLayer(d, d, 30, TopK(k=4), reads, writes, skip=True)
+    return _scaled(
+        {"transcoder": some_dictionaries(model)["transcoder"], "norm": filled(norm, 6), "clt": filled(clt, 7)}
+    )
+
+
 def rows_of(d: Dictionary) -> Tensor:
     """What latents write in raw units: [n_latents, d_out], of several write sites [n_latents, n_writes, d_out]."""
     return d.W_dec / (d.write_scale.unsqueeze(-1) if d.site_axis else d.write_scale)

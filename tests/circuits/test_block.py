@@ -142,8 +142,9 @@ def test_a_task_that_cannot_be_is_a_warning_and_the_others_are_kept(lm: LM) -> N
     own = {"a": dictionary("resid_post.1", 0)}
     sections = Circuits(["colored_objects", "ioi"], **SMALL, baselines=False).run(context(lm, own))
     assert list(sections["a"]["circuits"]["tasks"]) == ["ioi"]
-    (warning,) = sections["a"]["warnings"]
-    assert warning.startswith("circuits.colored_objects is left out: The tokenizer carries no template")
+    assert sections["a"]["warnings"][0].startswith(
+        "circuits.colored_objects is left out: The tokenizer carries no template"
+    )
 
 
 def test_null_is_no_settings() -> None:
@@ -198,7 +199,7 @@ def test_baselines_are_equals_at_the_same_sites(lm: LM) -> None:
     assert (variances[:-1] >= variances[1:] - 1e-4).all()  # the largest first
     shown = context(lm, own)
     at = _Baselines(shown).of(own)
-    l0 = _seen(shown, "a", own["a"]).l0
+    l0 = _seen(shown, own)["a"].l0
     assert l0 == pytest.approx(8)
     random = at["random"]["resid_post.1"]
     assert (random.n_latents, cast(TopK, random.sparsifier).k) == (64, 8)
@@ -211,7 +212,7 @@ def test_a_sweep_of_one_site_measures_its_baselines_once(lm: LM, monkeypatch: py
     measured: list[str] = []
     plain = Circuits._of_cut
 
-    def counted(self: Circuits, lm: LM, cut: Mapping[str, Dictionary], *rest: Any, **more: Any) -> dict[str, Any]:
+    def counted(self: Circuits, lm: LM, cut: Mapping[str, Dictionary], *rest: Any, **more: Any) -> Any:
         measured.extend(cut)
         return plain(self, lm, cut, *rest, **more)
 
@@ -266,6 +267,43 @@ def test_dictionaries_measured_together_are_drawn_and_warned_of_once(lm: LM, tmp
     assert shown(sweep, tmp_path / "sweep") == {"a_circuits.png", "b_circuits.png", "circuits_sweep.png"}
 
 
+@pytest.mark.usefixtures("few_sizes")
+def test_one_activation_by_two_names_is_measured_apart(lm: LM) -> None:
+    own = {"a": dictionary("resid_post.0", 0), "b": dictionary("resid_pre.1", 1), "c": dictionary("mlp_out.2", 2)}
+    sections = Circuits(["ioi"], **SMALL, baselines=False).run(context(lm, own))
+    assert [sections[name]["circuits"]["dictionaries"] for name in own] == [["a"], ["b"], ["c"]]
+
+
+def dead(site: str) -> Dictionary:
+    found = dictionary(site, 0)
+    found.W_enc.zero_()
+    found.b_enc.zero_()
+    return found
+
+
+@pytest.mark.usefixtures("few_sizes")
+def test_dead_dictionaries_keep_what_there_is(lm: LM) -> None:
+    """Errors as nodes, and the baselines."""
+    section = Circuits(["ioi"], **SMALL).run(context(lm, {"a": dead("resid_post.1")}))["a"]
+    found = section["circuits"]["tasks"]["ioi"]
+    assert list(found["dictionaries"]) == ["error_share", "scored"]
+    assert found["dictionaries"]["error_share"] == 1
+    assert set(found) > {"neurons", "pca", "random"}
+    assert "circuits.ioi, errors kept and removed, is left out: No node has a score" in section["warnings"][0]
+
+
+@pytest.mark.usefixtures("few_sizes")
+def test_too_few_pairs_to_find_circuits_on_are_said(lm: LM) -> None:
+    own = {"a": dictionary("resid_post.1", 0), "b": dictionary("mlp_out.2", 1)}
+    section = Circuits(["ioi"], **SMALL, baselines=False).run(context(lm, own))["a"]
+    share = section["circuits"]["tasks"]["ioi"]["dictionaries"]["scored"]["faithfulness_of_candidates"]
+    assert share < 0.9
+    (warning,) = section["warnings"]
+    assert f"all nodes that have a score carry {share:.2f} of the behaviour" in warning
+    zero = Circuits(["ioi"], **SMALL, baselines=False, ablation="zero").run(context(lm, own))["a"]
+    assert not any("have a score carry" in text for text in zero["warnings"])
+
+
 def trainer_at(step: int) -> L.Trainer:
     return Mock(spec=L.Trainer, global_step=step)
 
@@ -299,6 +337,25 @@ def test_a_resumed_run_has_the_rows_of_one_that_was_not_stopped(
 
 
 @pytest.mark.usefixtures("few_sizes")
+def test_a_dictionary_that_dies_does_not_end_the_run(lm: LM, tmp_path: Path) -> None:
+    callback = CircuitsInTraining(["ioi"], tmp_path, every_n_steps=1, n_pairs=4)
+    callback.on_train_start(trainer_at(0), trained(lm, 0))
+    module = trained(lm, 1)
+    module.members[0].learner.dictionary = dead("resid_post.1")
+    callback.on_train_batch_end(trainer_at(1), module)
+    table = pd.read_csv(tmp_path / "circuits.csv")
+    assert table.errors.tolist() == ["scored", "removed"] * 2
+    assert table.why_not.isna().tolist() == [True, True, True, False]
+    assert table.why_not.iloc[-1].startswith("No node has a score")
+    assert table.error_share.iloc[2:].tolist() == [1, 1]
+    assert 0 < table.error_share.iloc[0] == table.error_share.iloc[1] < 1
+    (cut,) = cuts_of(lm.model, trained(lm, 0).members[0].learner.dictionary)
+    find, _ = IOI().halves(lm.tokenizer, 4, 0, bos=False)
+    scores = RelP().scores(lm.model, [cut], find, "each")
+    assert table.error_share.iloc[0] == pytest.approx(faithfulness.error_share(scores))
+
+
+@pytest.mark.usefixtures("few_sizes")
 def test_tasks_with_settings(lm: LM) -> None:
     block = Circuits([{"agreement": {"structure": "nounpp"}}, "ioi"], **SMALL, baselines=False)
     assert list(block.tasks) == ["agreement_nounpp", "ioi"]
@@ -322,6 +379,7 @@ def test_tasks_with_settings(lm: LM) -> None:
         ({"ablation": "none"}, "ablation must be one of"),
         ({"positions": "some"}, "positions must be one of"),
         ({"order": "some"}, "order must be one of"),
+        ({"order": "signed", "method": "magnitude"}, "scores of magnitude are never negative: order=absolute"),
         ({"n_pairs": 1}, "n_pairs must be a whole number, at least 2"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dictlearn.circuits.ablation import ABLATIONS, Ablation
+from dictlearn.circuits.baselines import neurons
 from dictlearn.circuits.cuts import check_cuts, cuts_of, record
 from dictlearn.circuits.faithfulness import Curve, curve, error_share, sizes_for
 from dictlearn.circuits.metrics import METRICS
@@ -31,6 +32,7 @@ from tests.circuits.setup import (
     rows_of,
     scaled_cross_layer,
     scaled_dictionaries,
+    skipping,
     some_pairs,
     tiny_model,
 )
@@ -63,6 +65,8 @@ def test_all_and_nothing(model: GetModel, ablation: str, kind: str) -> None:
     """
     own, batch = model("gpt2"), some_pairs()
     dictionaries = of_kind(own, kind)
+    if kind == "several":
+        dictionaries["transcoder"].W_skip = None  # which no circuit is without
     cuts = cuts_of(own, dictionaries)
     scores = node_scores(own, dictionaries, batch)
     n = len(Ranking(scores))
@@ -282,7 +286,37 @@ def test_a_transcoder_that_is_the_mlp_has_no_error(tmp_path: Path, ablation: str
     assert error_share(scores) < 1e-12
     found = curve(own, cuts, Ablation(own, cuts, batch, ablation), scores, "removed", sizes=(0, 5))
     assert found.summary()["faithfulness_of_all"] == pytest.approx(1.0, abs=1e-9)
-    assert found.faithfulness[0] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "norm", "clt"])
+def test_latents_skip_path_and_bias_are_the_reconstruction(model: GetModel, kind: str) -> None:
+    own = model("gpt2")
+    d = skipping(own)[kind]
+    (cut,) = cuts_of(own, d)
+    with torch.no_grad(), capture(own, [resolve(own, site) for site in d.reads]) as acts:
+        own(some_pairs().clean)
+    x = d.select_reads(acts)
+    recon = d.decode(d.encode(x), x)
+    parts = cut.written(cut.dense_values(x)), cut.bias(x), cut.skipped(x)
+    torch.testing.assert_close(sum(parts), recon if d.site_axis else recon.unsqueeze(-2))
+    assert all(part.abs().max() > 0.1 for part in parts)
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "norm", "clt"])
+@pytest.mark.parametrize("ablation", [kind for kind in ABLATIONS if kind != "zero"])
+def test_the_yardstick_is_that_of_neurons(model: GetModel, ablation: str, kind: str) -> None:
+    """m(0) has the write sites as the ablation has them, skip paths and all, whatever dictionary cuts them."""
+    own, batch = model("gpt2"), some_pairs(n_special=1)
+    d = skipping(own)[kind]
+    units = {site: neurons(site, torch.zeros(2, d.d_out, dtype=torch.float64)) for site in d.writes}
+    ends = []
+    for given in ({"d": d}, units):
+        cuts = cuts_of(own, given)
+        found = curve(own, cuts, Ablation(own, cuts, batch, ablation), node_scores(own, given, batch), sizes=(0, 5))
+        ends.append((found.whole, found.none))
+        assert found.summary()["faithfulness_of_none"] == float(found.faithfulness[0])
+        assert (abs(float(found.faithfulness[0])) < 1e-9) == (given is units)  # the skip path carries something
+    torch.testing.assert_close(ends[0], ends[1])
 
 
 @pytest.mark.parametrize("ablation", ["patch", "zero"])
@@ -517,3 +551,8 @@ def test_curves_do_not_depend_on_the_batch(model: GetModel, n_rows: int) -> None
     parts = curve(own, cuts, Ablation(own, cuts, batch, "mean", n_rows=n_rows), scores, sizes=(0, 20))
     torch.testing.assert_close(whole.kept, parts.kept)
     torch.testing.assert_close(whole.left_out, parts.left_out)
+
+
+def test_no_score_at_all_is_said() -> None:
+    with pytest.raises(DictlearnError, match="No node has a score"):
+        error_share({"d": NodeValues(torch.zeros(2, 3), torch.zeros(1, 2))})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dictlearn.circuits.ablation import Ablation
 from dictlearn.circuits.baselines import neurons
 from dictlearn.circuits.cdt import relevant_logits
 from dictlearn.circuits.cuts import cuts_of
@@ -22,15 +23,24 @@ from dictlearn.circuits.methods.exact import Exact
 from dictlearn.circuits.methods.gradient import Gradient
 from dictlearn.circuits.methods.integrated_gradients import IntegratedGradients
 from dictlearn.circuits.methods.relp import RelP
-from dictlearn.circuits.nodes import NodeValues
+from dictlearn.circuits.nodes import NodeValues, everything
 from dictlearn.circuits.pairs import PairBatch
 from dictlearn.circuits.rules import relevance
+from dictlearn.circuits.run import run_circuit
 from dictlearn.circuits.scores import node_scores
 from dictlearn.dictionaries import Dictionary
 from dictlearn.lm import resolve
 from dictlearn.lm.taps import capture, edit
 from dictlearn.types import DictlearnError
-from tests.circuits.setup import FAMILIES, rows_of, scaled_cross_layer, scaled_dictionaries, some_pairs, tiny_model
+from tests.circuits.setup import (
+    FAMILIES,
+    rows_of,
+    scaled_cross_layer,
+    scaled_dictionaries,
+    skipping,
+    some_pairs,
+    tiny_model,
+)
 
 GetModel = Callable[[str], PreTrainedModel]
 
@@ -76,9 +86,10 @@ def test_scores_of_a_site_add_up(model: GetModel, family: str, positions: str, p
     found = node_scores(own, dictionaries, batch, method=method, positions=positions)
     for name, d in dictionaries.items():
         (site,) = d.writes
-        clean, patch = activations(own, batch, site)
-        mean = sum(plain_gradient(own, batch, site, clean + a * (patch - clean)) for a in points) / len(points)
-        by_position = (mean * moved_by_nodes(own, batch, d)).sum(-1).mean(0)  # [ctx]
+        clean, _ = activations(own, batch, site)
+        moved = moved_by_nodes(own, batch, d)
+        mean = sum(plain_gradient(own, batch, site, clean + a * moved) for a in points) / len(points)
+        by_position = (mean * moved).sum(-1).mean(0)  # [ctx]
         expected = by_position if positions == "each" else by_position.sum().view(1)
         total = found[name].latents.sum(-1) + found[name].errors.sum(0)
         assert expected.abs().max() > 1e-4
@@ -415,6 +426,9 @@ def test_before_pairs_differ_there_is_nothing(model: GetModel) -> None:
     """In a causal model; and pairs that do not differ at all have no scores."""
     own, batch = model("gpt2"), some_pairs()
     assert batch.since == 1
+    later = batch.patch.clone()
+    later[0, 1] = batch.clean[0, 1]
+    assert replace(batch, patch=later).since == 1  # where the first pair to differ does
     same = replace(batch, patch=batch.clean)
     assert same.since == batch.ctx - 1
     for pairs, since in ((batch, 1), (same, batch.ctx)):
@@ -423,3 +437,20 @@ def test_before_pairs_differ_there_is_nothing(model: GetModel) -> None:
             assert not nodes.latents[:since].any()
             assert not nodes.errors[:, :since].any()
         assert bool(found["stream"].latents[since:].any()) == (pairs is batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["transcoder", "norm"])
+def test_integrated_gradients_beside_a_skip_path(model: GetModel, family: str, kind: str) -> None:
+    """Scores of a site add up to what patching all its nodes does, the skip path left as it is."""
+    own, batch = model(family), some_pairs()
+    d = {"d": skipping(own)[kind]}
+    (cut,) = cuts_of(own, d)
+    found = node_scores(own, d, batch, method=IntegratedGradients(n_points=20))
+    ((chunk, ablated),) = Ablation(own, [cut], batch, "patch").chunks()
+    empty = everything(found, latents=False, errors=False)
+    with torch.no_grad():
+        whole = batch.value(own(batch.clean).logits[:, -1]).mean()
+    exact = float(run_circuit(own, [cut], chunk, empty, ablated).mean() - whole)
+    total = float(found["d"].latents.sum() + found["d"].errors.sum())
+    assert total == pytest.approx(exact, rel=0.01)

@@ -28,9 +28,11 @@ class Method(ABC):
     Methods that know nothing of the metric give importances, which are never negative.
 
     `adds_up`: whether the scores of all parts of an activation are together that of the whole, however it is cut.
+    `signed`: whether scores are negative where a node carries the behaviour; importances have no sign.
     """
 
     adds_up: ClassVar[bool] = False
+    signed: ClassVar[bool] = True
 
     def scores(
         self, model: PreTrainedModel, cuts: Sequence[Cut], batch: PairBatch, positions: str, n_rows: int = N_ROWS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,8 @@ class InformationFlow(Method):
     Raises DictlearnError for a site that is no part of the routes: there are resid_pre, resid_mid, resid_post,
     attn_out and mlp_out.
     """
+
+    signed: ClassVar[bool] = False
 
     @torch.no_grad()
     def of_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dictlearn.checks import check_choice, check_count
-from dictlearn.circuits.cuts import Cut, embeddings, last_logits
+from dictlearn.circuits.cuts import Acts, Cut, embeddings, last_logits
 from dictlearn.circuits.methods.base import Method, gradients, recorded, scores_of
 from dictlearn.circuits.nodes import NodeValues
 from dictlearn.circuits.pairs import PairBatch
@@ -75,16 +75,22 @@ class IntegratedGradients(Method):
         if self.path == "inputs":
             grads = self._along_inputs(model, cuts, batch)
         else:
-            grads = {
-                cut.name: torch.stack(
-                    [self._along(model, batch, s, clean[s.name], patch[s.name]) for s in cut.writes], dim=-2
-                )
-                for cut in cuts
-            }
+            grads = {cut.name: self._along_each(model, cut, batch, clean, patch) for cut in cuts}
         return scores_of(cuts, batch, positions, clean, patch, grads)
 
+    def _along_each(self, model: PreTrainedModel, cut: Cut, batch: PairBatch, clean: Acts, patch: Acts) -> Tensor:
+        """The mean gradient at each write site, on the way to where its nodes move it: skip paths stay."""
+        d, ends = cut.dictionary, cut.targets(patch)
+        if d.W_skip is not None:
+            ends = ends - cut.skipped(d.select_reads(patch)) + cut.skipped(d.select_reads(clean))
+        found = [
+            self._along(model, batch, site, clean[site.name], ends[..., place, :].to(clean[site.name].dtype))
+            for place, site in enumerate(cut.writes)
+        ]
+        return torch.stack(found, dim=-2)
+
     def _along(self, model: PreTrainedModel, batch: PairBatch, site: Site, clean: Tensor, patch: Tensor) -> Tensor:
-        """The mean gradient at `site` on the way of its activations."""
+        """The mean gradient at `site` on the way from `clean` to `patch`."""
         mean = torch.zeros_like(widened(clean))
         for point, weight in zip(*self.quadrature, strict=True):
             x = torch.lerp(clean, patch, point).requires_grad_()

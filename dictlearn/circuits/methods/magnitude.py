@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ class Magnitude(Method):
 
     The error is that of the reconstruction, bias and skip path left out.
     """
+
+    signed: ClassVar[bool] = False
 
     @torch.no_grad()
     def of_rows(

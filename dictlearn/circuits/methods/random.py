@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from dictlearn.circuits.pairs import PairBatch
 
 class Random(Magnitude):
     """A number from (0, 1] for each node that is active on a clean prompt, 0 for all others."""
+
+    signed: ClassVar[bool] = False
 
     def __init__(self, seed: int = 0) -> None:
         check_count("seed", seed, 0)
