@@ -12,9 +12,18 @@ import torch
 
 from dictlearn import Scale, intervene
 from dictlearn.circuits.graphs import build
+from dictlearn.circuits.graphs import influence as influence_module
 from dictlearn.circuits.graphs.build import attribution_graph
 from dictlearn.circuits.graphs.graph import KINDS, Graph, Logit
-from dictlearn.circuits.graphs.influence import graph_scores, influence, node_influence, prune, shares, source_of
+from dictlearn.circuits.graphs.influence import (
+    _largest,
+    graph_scores,
+    influence,
+    node_influence,
+    prune,
+    shares,
+    source_of,
+)
 from dictlearn.circuits.graphs.inputs import likeliest
 from dictlearn.dictionaries import Dictionary
 from dictlearn.dictionaries.cross_layer import CrossLayer
@@ -311,7 +320,10 @@ def test_ways_to_call(gpt2: LM) -> None:
     copied = copy.deepcopy(plain)
     assert copied.local is None
     assert graph_scores(copied) == graph_scores(plain)
-    for wrong in (ids[0], ids.double(), ids + 97, ids - 97):
+    for empty in (ids[:, :0], ids[:0]):
+        with pytest.raises(DictlearnError, match="A graph needs a prompt, got an empty one"):
+            attribution_graph(gpt2, dictionaries, empty)
+    for wrong in (ids[0], ids.double(), ids > 9, ids.to(torch.complex64), ids + 97, ids - 97):
         with pytest.raises(DictlearnError, match=r"whole numbers \[1, ctx\] from 0 to 96"):
             attribution_graph(gpt2, dictionaries, wrong)
 
@@ -349,6 +361,30 @@ def test_text_gets_the_special_token_of_the_dictionaries(gpt2: LM) -> None:
     errors = graph.edges[:, graph.places("error")].unflatten(1, (N_LAYERS, 4))
     assert not errors[:, :, 0].any()
     torch.testing.assert_close(graph.edges.sum(-1), graph.totals)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_set_of_a_share(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a sort of everything with running sums; values in pieces, with ties and zeros."""
+    monkeypatch.setattr(influence_module, "PIECE", 7)
+    draw = torch.Generator().manual_seed(0)
+    for n in (1, 2, 7, 8, 50, 300):
+        for share in (0.0, 1e-6, 0.3, 0.8, 0.98, 1.0):
+            smooth = torch.rand(n, generator=draw, dtype=dtype)
+            tied = torch.randint(0, 4, (n,), generator=draw).to(dtype)
+            for values in (smooth, tied, smooth * (tied > 1), smooth**40):
+                ordered = values.sort(descending=True).values
+                reached = ordered.double().cumsum(0) / ordered.double().sum()
+                last = int(torch.searchsorted(reached, share * (1 - 1e-12)).clamp_max(n - 1))
+                assert torch.equal(_largest(values, share), values >= ordered[last])
+    assert _largest(torch.zeros(3, dtype=dtype), 0.5).all()
+
+
+def test_pruning_leaves_the_graph_as_it_is(gpt2: LM) -> None:
+    graph = attribution_graph(gpt2, transcoders(gpt2.model), some_ids(4))
+    before = graph.edges.clone()
+    prune(graph, 0.7, 0.9)
+    assert torch.equal(graph.edges, before)
 
 
 def test_source_of_rows() -> None:

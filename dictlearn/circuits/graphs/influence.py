@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,6 +21,7 @@ from dictlearn.circuits.graphs.graph import Graph
 from dictlearn.types import DictlearnError
 
 CHUNK = 64  # rows of edges in one piece of work
+PIECE = 2**20  # values of edges
 Sources = Float[Tensor, " n_sources"]  # latents, errors and embeddings
 
 
@@ -137,10 +139,12 @@ def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Ke
     edges, weights, sources = edges_between(graph), logit_weights(graph), source_of(graph)
     nodes = _largest(influence(edges, weights, sources), node_share)
     nodes[embeddings] = True
-    left = edges * _between(nodes, graph)
+    left = edges * _between(nodes, graph)  # the one copy of all edges: scores are made in its place
     by_row = weights + _by_row(influence(left, weights, sources), graph)
-    left = shares(left)
-    kept = _largest((left * by_row.unsqueeze(-1)).flatten(), edge_share).view_as(left) & (left != 0)
+    sums = left.abs_().sum(-1, keepdim=True)
+    kept = left.div_(sums.masked_fill_(sums == 0, 1)) != 0
+    kept &= _largest(left.mul_(by_row.unsqueeze(-1)).flatten(), edge_share).view_as(left)
+    del left
     while True:
         used = kept.any(0)
         used[latents] &= kept[latents].any(-1)
@@ -161,8 +165,16 @@ def _by_row(values: Sources, graph: Graph) -> Float[Tensor, " n_targets"]:
 
 
 def _largest(values: Float[Tensor, " n"], share: float) -> Bool[Tensor, " n"]:
-    """The smallest set of largest values with this share of the sum, ties with its last one included."""
-    ordered = values.sort(descending=True).values
-    reached = ordered.double().cumsum(0) / ordered.double().sum()
-    last = int(torch.searchsorted(reached, share * (1 - 1e-12)).clamp_max(len(values) - 1))
-    return values >= ordered[last]
+    """The smallest set of largest values, none negative, with this share of the sum, ties with its last one
+    included. Takes one copy of the values: they are as many as the edges.
+    """
+    ordered = values[values > 0].cpu().numpy()
+    ordered[::-1].sort()  # in place, descending
+    wanted, reached = ordered.sum(dtype=np.float64) * share * (1 - 1e-12), 0.0
+    for start in range(0, len(ordered), PIECE):
+        sums = ordered[start : start + PIECE].astype(np.float64)
+        sums[0] += reached
+        reached = (sums := sums.cumsum())[-1]
+        if reached >= wanted:
+            return values >= float(ordered[start + np.searchsorted(sums, wanted)])
+    return values >= 0

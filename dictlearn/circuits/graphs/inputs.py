@@ -30,8 +30,11 @@ def prompt_ids(
     Raises DictlearnError for an empty prompt, one longer than the LM takes, and ids that it does not have.
     """
     ids = prompt if isinstance(prompt, Tensor) else _ids_of_text(tokenizer, name, dictionaries, prompt)
+    if isinstance(prompt, Tensor) and not prompt.numel():
+        raise DictlearnError(f"A graph needs a prompt, got an empty one: ids {list(ids.shape)}.")
     vocab = len(model.get_input_embeddings().get_parameter("weight"))
-    if ids.ndim != 2 or ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+    is_whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.ndim != 2 or not is_whole or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise DictlearnError(
             f"A prompt as token ids must be whole numbers [1, ctx] from 0 to {vocab - 1}, got {ids.dtype} "
             f"{list(ids.shape)}."
