@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, SupportsIndex, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Intervention(ABC):
     are no finite numbers.
     """
 
-    latents: int | Sequence[int] | Tensor
+    latents: SupportsIndex | Sequence[SupportsIndex] | Tensor
     positions: Positions = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -62,9 +62,8 @@ class Intervention(ABC):
     @property
     def indices(self) -> list[int]:
         """Of the latents."""
-        if isinstance(self.latents, Tensor) and self.latents.ndim == 0:
-            return _whole_numbers("latents", self.latents[None])
-        return _whole_numbers("latents", [self.latents] if isinstance(self.latents, int) else self.latents)
+        is_one = isinstance(self.latents, SupportsIndex) and not getattr(self.latents, "ndim", 0)
+        return _whole_numbers("latents", [self.latents] if is_one else self.latents)
 
     @abstractmethod
     def __call__(self, values: Float[Tensor, "rows ctx n"]) -> Float[Tensor, "rows ctx n"]:
@@ -137,7 +136,7 @@ def _is_mask(positions: Positions) -> TypeGuard[Tensor]:
     return isinstance(positions, Tensor) and positions.dtype == torch.bool
 
 
-def _whole_numbers(name: str, given: Sequence[int] | Tensor) -> list[int]:
+def _whole_numbers(name: str, given: Any) -> list[int]:
     """As integers. Raises DictlearnError, with `name`, for others, truth values too, and for negative ones."""
     try:
         found = [operator.index(i) for i in given]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +56,19 @@ def close(found: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
 
 
 # -- nothing changes where nothing is done --
+
+
+def test_one_latent_by_any_whole_number() -> None:
+    several: Any
+    for one in (161, np.int64(161), np.uint8(161), np.array(161), torch.tensor(161)):
+        assert Ablate(one).indices == [161]
+    for several in ([161, 3], np.array([161, 3]), torch.tensor([161, 3]), [np.int64(161), torch.tensor(3)]):
+        assert Ablate(several).indices == [161, 3]
+    assert Ablate(np.array([161])).indices == [161]
+    wrong: Any
+    for wrong in (np.int64(-1), np.array([True, False]), torch.tensor(True)):
+        with pytest.raises(DictlearnError, match="latents must be whole numbers, counted from 0"):
+            Ablate(wrong)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
