@@ -84,6 +84,42 @@ def test_weights_are_back_after_an_error_and_tied_ones_stay_tied(tmp_path: Path)
     assert head.weight is embedding.weight
 
 
+def test_narrow_buffers_are_wide_inside_alone() -> None:
+    module = nn.BatchNorm1d(3).bfloat16()
+    before = dict(module.named_buffers())
+    with in_float32(module):
+        inside = dict(module.named_buffers())
+        assert not any(isinstance(own, nn.Parameter) for own in inside.values())
+    dtypes = {name: own.dtype for name, own in inside.items()}
+    wide = torch.float32
+    assert dtypes == {"running_mean": wide, "running_var": wide, "num_batches_tracked": torch.int64}
+    after = dict(module.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(after[name] is own for name, own in before.items())
+    assert after["running_mean"].dtype == torch.bfloat16
+
+
+def test_a_graph_lets_go_of_weights_and_decoder_rows(gpt2: LM) -> None:
+    graph = attribution_graph(gpt2, transcoders(gpt2.model), some_ids(4), max_latents=5)
+    assert graph.local is not None
+    own = graph.local[0]
+    assert "_graphs" not in vars(own)
+    assert any(own._blocks)
+    assert all(block.rows is None for blocks in own._blocks for block in blocks)
+    assert (graph.validate(5)["largest_difference"].to_numpy() < 1e-9).all()  # which makes rows again
+
+
+def test_under_autocast_a_graph_is_the_same(gpt2: LM) -> None:
+    model = gpt2.model.float()
+    dictionaries = {name: d.float() for name, d in transcoders(model).items()}
+    plain = attribution_graph(gpt2, dictionaries, some_ids(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = attribution_graph(gpt2, dictionaries, some_ids(4))
+        checked = graph.validate(10)
+    assert torch.equal(graph.edges, plain.edges)
+    assert checked.equals(plain.validate(10))
+
+
 def saved_weights(of: Tensor, widths: set[int]) -> list[Tensor]:
     """Matrices of these sizes that a graph of gradients holds."""
     found, seen, left = [], set(), [of.grad_fn]

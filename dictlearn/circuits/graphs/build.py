@@ -71,7 +71,7 @@ def attribution_graph(
     dictionaries = by_name(dictionaries)
     ids = prompt_ids(lm.model, lm.tokenizer, lm.name, dictionaries, prompt).to(lm.device)
     own = None if targets is None else chosen(lm.tokenizer, n_logits_of(lm.model), targets)
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(mode=False), torch.autocast(lm.device.type, enabled=False):
         local = LocalModel(lm.model, dictionaries, ids.clone(), _n_special(lm, ids))
         logits, weights = _logits(lm, local, own, max_logits, logit_share)
         _check_memory(local, len(logits), max_latents, batch_size)

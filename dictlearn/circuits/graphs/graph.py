@@ -116,7 +116,9 @@ class Graph:
         found = []
         for column in drawn:
             moved = torch.zeros_like(self.totals)
-            for own, change in zip(rows, local.change(sources[column], targets), strict=True):
+            with torch.autocast(local.ids.device.type, enabled=False):
+                changes = local.change(sources[column], targets)
+            for own, change in zip(rows, changes, strict=True):
                 moved[own] = change.to(moved)
             edges = self.edges[:, column]
             found.append((float(edges.abs().max()), float((moved - edges).abs().max())))
