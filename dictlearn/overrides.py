@@ -30,6 +30,8 @@ OPEN = ("objective", "logger", "evaluation.blocks", "dictionaries")  # take furt
 CLOSED = ("lm", "trainer")  # built with their own keys alone
 MULTIRUN = ("-m", "--multirun")
 TEXTS = ("graph",)  # keys whose value is any text, with commas, quotes and brackets as they are
+QUOTED_TEXT = r"""("(\\.|[^"\\])*"|'(\\.|[^'\\])*')"""
+QUOTED_TEXTS = re.compile(rf"\s*{QUOTED_TEXT}\s*(,\s*{QUOTED_TEXT}\s*)*", re.DOTALL)
 
 
 def enter(
@@ -41,7 +43,8 @@ def enter(
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes errors on, to be shown here
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: tensors on the CPU in huge pages, a sixth faster
-    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    is_sweep = any(argument in MULTIRUN for argument in sys.argv[1:])
+    sys.argv[1:] = [quoted(argument, is_sweep) for argument in sys.argv[1:]]
     try:
         refuse_mistakes(conf, name, sys.argv[1:], further)
         main()
@@ -51,13 +54,12 @@ def enter(
         sys.exit("Interrupted before anything was computed.")
 
 
-def quoted(argument: str) -> str:
-    """An override of one of `TEXTS` with its value in quotes for Hydra; as it is where that is null or has them, as
-    several texts of a sweep have: key='"one","two"'.
+def quoted(argument: str, is_sweep: bool = False) -> str:
+    """An override of one of `TEXTS` with its value in quotes for Hydra; as it is where that is null, or in a sweep
+    a list of texts in quotes: key='"one","two"'.
     """
     key, _, value = argument.partition("=")
-    has_quotes = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
-    if key not in TEXTS or value in ("", "null") or has_quotes:
+    if key not in TEXTS or value in ("", "null") or (is_sweep and QUOTED_TEXTS.fullmatch(value)):
         return argument
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no reference to another key
     return f"{key}={QuotedString(text, Quote.double).with_quotes()}"

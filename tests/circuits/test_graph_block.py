@@ -153,6 +153,24 @@ def test_what_is_wrong_with_a_prompt_is_known_without_weights(lm: LM) -> None:
     assert problem.startswith("A target is one token, ' Mary John' is 2: ")
 
 
+def test_a_file_of_another_kind_in_the_folder_is_found_first(lm: LM, tmp_path: Path) -> None:
+    block = PromptGraph(PROMPT, str(tmp_path))
+
+    def found() -> list[str]:
+        return block.problems(lm.model, "embedded", lambda: lm.tokenizer, some_transcoders())
+
+    file = tmp_path / "graph-metadata.json"
+    for text, message in (
+        ("{", " must be a list of graphs in JSON: "),
+        ("[1]", ' must be {"graphs": [...]}, got [1]'),
+    ):
+        file.write_text(text, encoding="utf-8")
+        (problem,) = found()
+        assert problem.startswith(f"{file}{message}")
+    file.unlink()
+    assert found() == []
+
+
 def test_slugs() -> None:
     assert slug_of("When Mary, and")[:-7] == "when-mary-and"
     assert slug_of("x" * 99)[:-7] == "x" * 40
@@ -175,6 +193,10 @@ def test_slugs() -> None:
         "true",
         "null ",
         "two\nlines",
+        '"Hi," said Mary, "and bye"',
+        '"Hi"',
+        "'one','two'",
+        '"',
         "😀 </script>",
     ],
 )
@@ -185,9 +207,25 @@ def test_any_text_is_a_prompt(prompt: str) -> None:
 
 
 def test_other_overrides_are_as_they_are() -> None:
-    same = ("graph=null", "graph=", 'graph="a, b"', 'graph="a, b","c"', "graph='a'", "load=a b", "graph")
-    for override in (*same, "evaluation=graph"):
-        assert quoted(override) == override
+    for override in ("graph=null", "graph=", "load=a b", "graph", "evaluation=graph"):
+        assert quoted(override) == quoted(override, True) == override
+    for override in (
+        'graph="a, b"',
+        'graph="a, b","c"',
+        "graph='a'",
+        "graph='a' , \"b's\"",
+        r'graph="a \"b\"","c"',
+    ):
+        assert quoted(override, True) == override
+        assert quoted(override) != override
+    for override in (
+        'graph="Hi," said Mary, "and bye"',
+        'graph="a","b',
+        'graph="a",',
+        "graph=\"a','b\"x",
+        'graph="',
+    ):
+        assert quoted(override, True) != override
 
 
 @pytest.mark.parametrize(
@@ -195,6 +233,8 @@ def test_other_overrides_are_as_they_are() -> None:
     [
         ("graph=Mary, John", ["Mary, John"]),
         ('graph="Mary, John","a=b, c"', ["Mary, John", "a=b, c"]),
+        ('graph="Hi," said Mary, "and bye"', ['"Hi," said Mary, "and bye"']),
+        ('graph="Mary"', ["Mary"]),
     ],
 )
 def test_a_sweep_splits_no_prompt(monkeypatch: pytest.MonkeyPatch, override: str, prompts: list[str]) -> None:

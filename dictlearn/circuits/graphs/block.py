@@ -14,7 +14,7 @@ from dictlearn.checks import check_count
 from dictlearn.choices import is_number
 from dictlearn.circuits.cuts import cuts_of
 from dictlearn.circuits.graphs.build import attribution_graph
-from dictlearn.circuits.graphs.export import shown_nodes, summary, write_json
+from dictlearn.circuits.graphs.export import METADATA, listed_graphs, shown_nodes, summary, write_json
 from dictlearn.circuits.graphs.graph import Graph
 from dictlearn.circuits.graphs.influence import prune
 from dictlearn.circuits.graphs.inputs import Choice, check_choices, chosen, n_logits_of, prompt_ids
@@ -90,6 +90,7 @@ class PromptGraph:
             prompt_ids(model, tokenizer(), lm_name, dictionaries, self.prompt)
             if self.targets is not None:
                 chosen(tokenizer(), n_logits_of(model), self.targets)
+            listed_graphs(self.folder / METADATA)
         except DictlearnError as error:
             return [str(error)]
         return []

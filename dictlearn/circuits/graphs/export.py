@@ -51,7 +51,7 @@ def write_json(
     if not slug or Path(slug).name != slug:
         raise DictlearnError(f"slug must be the name of a file without .json, got {slug!r}.")
     metadata = _metadata(graph, kept, slug, node_share)
-    listed = _listed(folder / METADATA)
+    listed = listed_graphs(folder / METADATA)
     others = [own for own in listed["graphs"] if not isinstance(own, Mapping) or own.get("slug") != slug]
     model = {
         "metadata": metadata,
@@ -190,7 +190,7 @@ def _links(graph: Graph, kept: Kept) -> list[dict[str, Any]]:
     ]
 
 
-def _listed(file: Path) -> dict[str, Any]:
+def listed_graphs(file: Path) -> dict[str, Any]:
     """What a list of graphs says. Raises FormatError for another file."""
     if not file.exists():
         return {"graphs": []}
