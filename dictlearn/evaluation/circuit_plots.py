@@ -119,11 +119,9 @@ def sweep_table(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _architecture(dictionary: Mapping[str, Any]) -> str:
-    """Its kind, from where it reads if it writes elsewhere, and the skip path that a sweep gave it."""
+    """Its kind, from where it reads if it writes elsewhere, and whether it has a skip path."""
     reads = "+".join(dictionary["reads"]) if dictionary["reads"] != dictionary["writes"] else ""
-    point = value_at(dictionary, "metadata.point") or {}
-    skip = any(value is True for key, value in point.items() if key.rpartition(".")[2] == "skip")
-    return dictionary["kind"] + (f" from {reads}" if reads else "") + (" with skip" if skip else "")
+    return dictionary["kind"] + (f" from {reads}" if reads else "") + (" with skip" if dictionary["skip"] else "")
 
 
 def plot_sweep(table: pd.DataFrame, png: Path, size: int = 100) -> Path:

@@ -57,6 +57,7 @@ def dictionary_section(context: EvaluationContext, name: str) -> dict[str, Any]:
         "d_in": d.d_in,
         "d_out": d.d_out,
         "n_latents": d.n_latents,
+        "skip": d.W_skip is not None,
         "sparsifier": {"kind": d.sparsifier.kind, **d.sparsifier.config()},
         "sha256": sha256(file) if file else None,
         "metadata": dict(d.metadata),

@@ -65,7 +65,7 @@ def report(name: str, together: list[str], l0: float = 8.0, fvu: float = 0.1, st
             "reads": ["resid_post.1"],
             "writes": ["resid_post.1"],
             "sparsifier": {"kind": "top_k"},
-            "metadata": {"point": {}},
+            "skip": False,
         },
         "sparsity": {"l0": {"mean": l0}},
         "reconstruction": {"fvu": fvu},
@@ -172,24 +172,22 @@ def test_a_sweep_has_the_numbers_of_every_report() -> None:
     assert empty.dictionary.nunique() == 0
 
 
-def test_the_architecture_tells_reads_and_a_swept_skip_path() -> None:
+def test_the_architecture_tells_reads_and_skip_paths() -> None:
     own = report("t", ["t"])
     own["dictionary"] |= {
         "kind": "cross_layer",
         "reads": ["mlp_in.0", "mlp_in.1"],
         "writes": ["mlp_out.0", "mlp_out.1"],
     }
-    own["dictionary"]["metadata"] = {"point": {"dictionary.module.skip": True, "seed": 1}}
+    own["dictionary"]["skip"] = True
     table = sweep_table({"t": own, "published": report("published", ["published"]) | {"circuits": own["circuits"]}})
     first = table[table.cut == "dictionary"].iloc[0]
     assert (first.architecture, first.site) == (
         "cross_layer from mlp_in.0+mlp_in.1 with skip",
         "mlp_out.0+mlp_out.1",
     )
-    own["dictionary"]["metadata"] = {"point": {"dictionary.module.skip": False}}
+    own["dictionary"]["skip"] = False
     assert sweep_table({"t": own}).architecture.dropna().unique().tolist() == ["cross_layer from mlp_in.0+mlp_in.1"]
-    own["dictionary"]["metadata"] = {}
-    assert "skip" not in sweep_table({"t": own}).architecture.iloc[0]
 
 
 def test_the_plot_of_a_sweep_has_errors_removed_and_scored(tmp_path: Path, figures: list[Figure]) -> None:

@@ -91,7 +91,7 @@ def test_report(context: EvaluationContext, out_dir: Path) -> None:
         assert [w.split(" is null: ")[0] for w in report["warnings"]] == [f"behaviour.{key}" for key in null]
         assert all("the standard error of that is" in warning for warning in report["warnings"])
     report = results.reports["t"]
-    expected = {"name": "t", "kind": "linear", "reads": ["mlp_in.1"], "writes": ["mlp_out.1"]}
+    expected = {"name": "t", "kind": "linear", "reads": ["mlp_in.1"], "writes": ["mlp_out.1"], "skip": False}
     assert expected.items() <= report["dictionary"].items()
     assert report["lm"] == {
         "name": context.lm.name,
