@@ -168,7 +168,8 @@ def _largest(values: Float[Tensor, " n"], share: float) -> Bool[Tensor, " n"]:
     """The smallest set of largest values, none negative, with this share of the sum, ties with its last one
     included. Takes one copy of the values: they are as many as the edges.
     """
-    ordered = values[values > 0].cpu().numpy()
+    numbers = values.cpu().numpy()
+    ordered = numbers[numbers > 0]
     ordered[::-1].sort()  # in place, descending
     wanted, reached = ordered.sum(dtype=np.float64) * share * (1 - 1e-12), 0.0
     for start in range(0, len(ordered), PIECE):
