@@ -231,7 +231,10 @@ def cost(lm: LM, dictionaries: Mapping[str, Dictionary], n: int, rounds: int) ->
             run()
             times[name].append(time.perf_counter() - start)
     seconds = {name: median(own[1:]) for name, own in times.items()}
-    return {**seconds, **{f"{name} / floor": value / seconds["floor"] for name, value in seconds.items()}}
+    return {
+        **seconds,
+        **{f"{name} / floor": value / seconds["floor"] for name, value in seconds.items() if name != "floor"},
+    }
 
 
 def rounded(value: Any) -> Any:
